@@ -1,0 +1,157 @@
+"""What an attention backend is, what it takes and what it returns.
+
+Letters used in every file of this package:
+    B batch · H query heads · Hk key/value heads (H a multiple of Hk) · G = H / Hk query heads per key head
+    N query positions · M key positions · D head_dim · Dv value head_dim
+    L block_size · K blocks kept per query tile · F features · R rank · C clusters
+
+Keys are the positions 0 .. M-1 of one sequence. Queries are N consecutive positions beginning at ``start``
+(default M - N: the last N), so prefill (N = M), chunked prefill (1 < N < M) and decode (N = 1) are one contract.
+A causal row at position i sees keys j <= i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Selection = Literal["none", "row", "tile", "prompt"]
+"""On what a causal row's choice of keys depends: nothing (fixed pattern), positions <= its own, its whole
+query tile (at absolute tile boundaries), or the whole prompt."""
+
+Impl = Literal["auto", "reference", "torch", "triton"]
+"""How a backend is executed. Every impl of a backend gives the same answer within rounding."""
+
+
+class Unsupported(ValueError):
+    """A backend cannot do what was asked; ``reasons`` holds every reason, one sentence each."""
+
+    def __init__(self, backend: str, reasons: Sequence[str]) -> None:
+        self.backend = backend
+        self.reasons = tuple(reasons)
+        super().__init__(f"attention backend {backend!r} cannot serve this: " + "; ".join(self.reasons))
+
+
+class Params(BaseModel):
+    """Base of every backend's knobs: frozen, typed, bounded, nothing unknown accepted.
+
+    Defaults are fixed numbers, never functions of N: a default that moved with the length would make a decode
+    step disagree with the prefill before it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, as served by ``GET /v1/attention/backends``."""
+
+    causal: bool
+    bidirectional: bool
+    decode: bool
+    exact: bool
+    selection: Selection
+    random: bool = False
+    """True where the result depends on the request's seed."""
+    learned: bool = False
+    """True where a model must carry the backend's own parameters."""
+    complexity: str = "O(N^2)"
+    impls: tuple[str, ...] = ("reference", "torch")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call computed. Pairs are (query, key) pairs summed over query heads.
+
+    ``pairs_kept`` pairs of the pattern, each counted once; ``pairs_exact`` pairs that ``exact`` would compute;
+    ``pairs_computed`` score elements really computed, masked ones included.
+    """
+
+    pairs_kept: int
+    pairs_exact: int
+    pairs_computed: int
+    selection_ms: float
+    compute_ms: float
+    impl: str
+
+    @property
+    def density(self) -> float:
+        return self.pairs_kept / self.pairs_exact if self.pairs_exact else 1.0
+
+    @property
+    def density_computed(self) -> float:
+        return self.pairs_computed / self.pairs_exact if self.pairs_exact else 1.0
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """``out`` [B, H, N, Dv] in q's dtype; ``lse`` [B, H, N] fp32 (natural log) or None; ``stats``."""
+
+    out: Tensor
+    lse: Tensor | None
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Call:
+    """One validated ``attend`` call as a backend's impl receives it."""
+
+    causal: bool
+    scale: float
+    seed: int
+    layer: int
+    """Ordinal among the layers to which the choice applies."""
+    start: int
+    """Absolute position of the first query."""
+
+
+class Execute(Protocol):
+    """An impl: q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv] -> AttentionResult."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: Any, call: Call) -> AttentionResult: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One attention method: the object every file in ``kernels/attention`` ends with."""
+
+    name: str
+    summary: str
+    """One sentence for tables and menus."""
+    paper: str
+    params: type[Params]
+    capabilities: Capabilities
+    impls: dict[str, Execute]
+    """At least ``reference`` and ``torch``."""
+    conditions: str = ""
+    """What the paper's theory does and does not promise here, in a sentence or two."""
+    unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])
+    """Reasons why these params cannot serve a causal (True) or bidirectional (False) model; [] where they can."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence of a packed call: its rows of the packed query axis and its own keys.
+
+    ``rows`` is a slice of the packed axis T; k [1, Hk, M, D] and v [1, Hk, M, Dv] are views of its cache.
+    """
+
+    rows: slice
+    k: Tensor
+    v: Tensor
+    start: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PackedResult:
+    """``out`` [1, H, T, Dv] and one ``Stats`` per segment, in order."""
+
+    out: Tensor
+    stats: tuple[Stats, ...]

@@ -1,0 +1,211 @@
+"""What the service asks of a loaded model, in plain words and types. ``models.runner`` implements it on
+transformers; the HTTP tests implement it on a byte tokenizer and no weights at all.
+
+E model width · V vocabulary · T tokens of one packed step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from kernels.contract import Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Task = Literal["encode", "generate", "score"]
+Want = Literal["nothing", "logits", "scores", "hidden"]
+"""What a step returns for a slice: nothing (a prefill chunk), the logits of its last row, the log-likelihood of
+``targets`` row by row, or the hidden states of all its rows."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One attention, chosen: a backend, its validated params, and the seed of its random draws."""
+
+    backend: str
+    params: Params
+    seed: int = 0
+
+
+class ModelError(Exception):
+    """A model cannot be fetched or served; the message says why and what to do."""
+
+
+@dataclass
+class Work:
+    """What attention did for one sequence, summed over steps. Pairs as in ``kernels.contract.Stats``,
+    over the layers to which the choice applies; FLOPs over the whole forward (linear layers, every attention layer)."""
+
+    pairs_kept: int = 0
+    pairs_exact: int = 0
+    pairs_computed: int = 0
+    flops: float = 0.0
+    flops_exact: float = 0.0
+    selection_ms: float = 0.0
+    attention_ms: float = 0.0
+    impl: str = ""
+
+    def add(self, other: Work) -> None:
+        self.pairs_kept += other.pairs_kept
+        self.pairs_exact += other.pairs_exact
+        self.pairs_computed += other.pairs_computed
+        self.flops += other.flops
+        self.flops_exact += other.flops_exact
+        self.selection_ms += other.selection_ms
+        self.attention_ms += other.attention_ms
+        self.impl = other.impl or self.impl
+
+
+class SequenceState(Protocol):
+    """A sequence's place in a model: how far it has been read, and its cached keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far: the absolute position of the next token."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of cache held now."""
+
+    def close(self) -> None:
+        """Free what it holds. Idempotent."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The next ``token_ids`` of one sequence in one step, and what is wanted of them.
+
+    ``total`` is the prompt's whole length (a chunk of a prompt knows how long the prompt is: length-dependent
+    rotary embeddings need it). ``targets`` (with ``want="scores"``) is as long as ``token_ids``.
+    """
+
+    sequence: SequenceState
+    token_ids: Sequence[int]
+    choice: Choice
+    want: Want
+    total: int
+    targets: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """logits [V] fp32 | scores [n] fp32 (natural log) | hidden [n, E] fp32, as wanted; and the work done."""
+
+    work: Work
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One packed forward. ``peak_bytes`` is what the step itself took at its high-water mark, beyond the caches
+    that were held before it; None where the device cannot say."""
+
+    results: tuple[SliceResult, ...]
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids of one text, with special tokens as the model wants them, and each token's character span
+    (``(0, 0)`` for special tokens)."""
+
+    token_ids: list[int]
+    char_spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Tokenizer(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> Encoding: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for log-probability tables."""
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The model's own chat template applied, generation prompt added. ModelError where it has none."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What ``GET /v1/models`` tells, and what requests are checked against."""
+
+    name: str
+    source: str
+    """Path or hub id as given."""
+    revision: str | None
+    architecture: str
+    tasks: tuple[Task, ...]
+    max_tokens: int
+    dtype: str
+    device: str
+    causal: bool
+    num_layers: int
+    applied_layers: tuple[int, ...]
+    """Attention layers to which a request's choice applies."""
+    local_layers: dict[int, int]
+    """Layers that the model itself declares local -> their window."""
+    embedding_dim: int
+    num_parameters: int
+    pooling: Literal["mean", "cls", "last"] | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    """input_type -> prefix, added only where a request asks for it."""
+    special_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    license: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class ServedModel(Protocol):
+    """A model ready to serve. ``step`` is called from one thread only; everything else from any."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def unsupported(self, choice: Choice) -> list[str]:
+        """Every reason why this model cannot run this choice; [] where it can."""
+
+    def open(self, capacity: int) -> SequenceState:
+        """A new sequence with room for ``capacity`` tokens (prompt plus new ones)."""
+
+    def step(self, slices: Sequence[Slice]) -> StepResult:
+        """One packed forward over the next tokens of many sequences. On an exception no sequence has advanced."""
+
+    def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
+        """Peak bytes that a request holds at once: cache and activations, without the weights."""
+
+
+def as_json(info: ModelInfo) -> dict[str, Any]:
+    """The public half of ``info`` as plain JSON values."""
+    return {
+        "id": info.name,
+        "object": "model",
+        "owned_by": "longreach",
+        "tasks": list(info.tasks),
+        "max_tokens": info.max_tokens,
+        "architecture": info.architecture,
+        "dtype": info.dtype,
+        "device": info.device,
+        "source": info.source,
+        "revision": info.revision,
+        "license": info.license,
+        "causal": info.causal,
+        "num_layers": info.num_layers,
+        "applied_layers": list(info.applied_layers),
+        "local_layers": {str(layer): window for layer, window in info.local_layers.items()},
+        "embedding_dim": info.embedding_dim,
+        "num_parameters": info.num_parameters,
+        "pooling": info.pooling,
+        "input_types": sorted(info.prompts),
+        "notes": list(info.notes),
+    }
