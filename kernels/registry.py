@@ -38,5 +38,7 @@ def load(name: str) -> Backend:
         raise UnknownBackend(name)
     backend: Backend = import_module(BACKENDS[name]).BACKEND
     if backend.name != name:
-        raise AssertionError(f"{BACKENDS[name]} registers as {backend.name!r}, the registry says {name!r}. This is a bug.")
+        raise AssertionError(
+            f"{BACKENDS[name]} registers as {backend.name!r}, the registry says {name!r}. This is a bug."
+        )
     return backend

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Task = Literal["encode", "generate", "score"]
 Want = Literal["nothing", "logits", "scores", "hidden"]
-"""What a step returns for a slice: nothing (a prefill chunk), the logits of its last row, the log-likelihood of
-``targets`` row by row, or the hidden states of all its rows."""
+"""What a step returns for a slice: nothing (a prefill chunk), the logits of its last row, the log-likelihood
+of ``targets`` row by row, or the hidden states of all its rows."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class ModelError(Exception):
 
 @dataclass
 class Work:
-    """What attention did for one sequence, summed over steps. Pairs as in ``kernels.contract.Stats``,
-    over the layers to which the choice applies; FLOPs over the whole forward (linear layers, every attention layer)."""
+    """What attention did for one sequence, summed over steps. Pairs as in ``kernels.contract.Stats``, over
+    the layers to which the choice applies; FLOPs over the whole forward (linear layers, every attention
+    layer)."""
 
     pairs_kept: int = 0
     pairs_exact: int = 0
@@ -102,8 +103,8 @@ class SliceResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One packed forward. ``peak_bytes`` is what the step itself took at its high-water mark, beyond the caches
-    that were held before it; None where the device cannot say."""
+    """One packed forward. ``peak_bytes`` is what the step itself took at its high-water mark, beyond the
+    caches that were held before it; None where the device cannot say."""
 
     results: tuple[SliceResult, ...]
     peak_bytes: int | None
@@ -179,7 +180,8 @@ class ServedModel(Protocol):
         """A new sequence with room for ``capacity`` tokens (prompt plus new ones)."""
 
     def step(self, slices: Sequence[Slice]) -> StepResult:
-        """One packed forward over the next tokens of many sequences. On an exception no sequence has advanced."""
+        """One packed forward over the next tokens of many sequences. On an exception no sequence has
+        advanced."""
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         """Peak bytes that a request holds at once: cache and activations, without the weights."""

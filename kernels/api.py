@@ -1,0 +1,254 @@
+"""The front door of ``kernels``: one call for one attention, one for many sequences packed side by side.
+
+Letters as in ``kernels.contract``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    Execute,
+    Impl,
+    PackedResult,
+    Params,
+    Segment,
+    Stats,
+    Unsupported,
+)
+from kernels.registry import BACKENDS, load
+
+MAX_SEED = 2**63 - 1
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class InvalidParams(ValueError):
+    """A backend's params were refused; ``problems`` holds (field, what is wrong) pairs, "" for the whole."""
+
+    def __init__(self, backend: str, problems: Sequence[tuple[str, str]]) -> None:
+        self.backend = backend
+        self.problems = tuple(problems)
+        told = "; ".join(f"{field}: {text}" if field else text for field, text in self.problems)
+        super().__init__(f"params of attention backend {backend!r} are invalid: {told}")
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names of all backends, in registry order. Imports none of them."""
+    return tuple(BACKENDS)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Backend ``name`` as plain JSON values: summary, paper, conditions, params schema, defaults,
+    capabilities.
+
+    Raises UnknownBackend, which lists the known names.
+    """
+    backend = load(name)
+    capabilities = asdict(backend.capabilities)
+    capabilities["impls"] = list(backend.impls)
+    return {
+        "name": backend.name,
+        "summary": backend.summary,
+        "paper": backend.paper,
+        "conditions": backend.conditions,
+        "params_schema": backend.params.model_json_schema(),
+        "defaults": backend.params().model_dump(mode="json"),
+        "capabilities": capabilities,
+    }
+
+
+def parse_params(backend: str, params: Mapping[str, Any] | Params | None = None) -> Params:
+    """``params`` of a backend, checked: None gives the defaults, a mapping is validated, an instance passes.
+
+    Raises InvalidParams naming every field and its bound; UnknownBackend for a name that is not registered.
+    """
+    return _parse(load(backend), params)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backend: str,
+    params: Mapping[str, Any] | Params | None = None,
+    causal: bool,
+    scale: float,
+    seed: int = 0,
+    layer: int = 0,
+    start: int | None = None,
+    impl: Impl = "auto",
+) -> AttentionResult:
+    """Attention of queries at positions ``start .. start+N-1`` over keys at ``0 .. M-1``.
+
+    q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv] -> out [B, H, N, Dv] in q's dtype, lse [B, H, N] fp32.
+    ``start`` defaults to M - N. Accumulates in fp32 (fp64 for fp64 inputs).
+
+    Raises UnknownBackend, InvalidParams, ValueError (shapes and ranges) and Unsupported (capabilities).
+    """
+    method = load(backend)
+    knobs = _parse(method, params)
+    start = k.shape[-2] - q.shape[-2] if start is None else start
+    call = Call(causal=causal, scale=scale, seed=seed, layer=layer, start=start)
+    _check_call(call)
+    _check_tensors(q, k, v, start)
+    execute = _executable(method, knobs, causal, impl)
+    with torch.no_grad():
+        return execute(_rows_dense(q), _rows_dense(k), _rows_dense(v), knobs, call)
+
+
+def attend_packed(
+    q: Tensor,
+    segments: Sequence[Segment],
+    *,
+    backend: str,
+    params: Mapping[str, Any] | Params | None = None,
+    causal: bool,
+    scale: float,
+    layer: int = 0,
+    impl: Impl = "auto",
+) -> PackedResult:
+    """Many sequences of unequal length in one call, each over its own keys: q [1, H, T, D] -> out [1, H, T,
+    Dv].
+
+    Every row of T must belong to exactly one segment. Each segment's rows equal ``attend`` on it alone.
+    Raises what ``attend`` raises; a ValueError names the segment.
+    """
+    method = load(backend)
+    knobs = _parse(method, params)
+    call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0)
+    _check_call(call)
+    _check_segments(q, segments)
+    execute = _executable(method, knobs, causal, impl)
+    q = _rows_dense(q)
+    out = q.new_empty(1, q.shape[1], q.shape[2], segments[0].v.shape[-1])
+    stats: list[Stats] = []
+    with torch.no_grad():
+        for segment in segments:
+            own = replace(call, seed=segment.seed, start=segment.start)
+            rows = q[:, :, segment.rows]
+            result = execute(rows, _rows_dense(segment.k), _rows_dense(segment.v), knobs, own)
+            out[:, :, segment.rows] = result.out
+            stats.append(result.stats)
+    return PackedResult(out, tuple(stats))
+
+
+def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Params:
+    if isinstance(params, backend.params):
+        return params
+    if isinstance(params, Params):
+        raise InvalidParams(
+            backend.name, [("", f"expected {backend.params.__name__}, got {type(params).__name__}")]
+        )
+    if params is not None and not isinstance(params, Mapping):
+        raise InvalidParams(backend.name, [("", f"expected a mapping, got {type(params).__name__}")])
+    try:
+        return backend.params.model_validate(dict(params or {}))
+    except ValidationError as error:
+        raise InvalidParams(backend.name, [_problem(backend, e) for e in error.errors()]) from None
+
+
+def _problem(backend: Backend, error: Any) -> tuple[str, str]:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(backend.params.model_fields) or "none"
+        return field, f"no such parameter; there are: {known}"
+    got = "" if error["type"] == "missing" or not field else f" (got {error['input']!r})"
+    return field, error["msg"] + got
+
+
+def _executable(backend: Backend, params: Params, causal: bool, impl: Impl) -> Execute:
+    """The impl that will run, or Unsupported with every reason."""
+    reasons: list[str] = []
+    able = backend.capabilities
+    if causal and not able.causal:
+        reasons.append("it has no causal form")
+    if not causal and not able.bidirectional:
+        reasons.append("it has no bidirectional form")
+    chosen = "torch" if impl == "auto" else impl
+    if chosen not in backend.impls:
+        reasons.append(f"it has no impl {chosen!r}, only {', '.join(backend.impls)}")
+    reasons += backend.unsupported(params, causal)
+    if reasons:
+        raise Unsupported(backend.name, reasons)
+    return backend.impls[chosen]
+
+
+def _check_call(call: Call) -> None:
+    if not math.isfinite(call.scale):
+        raise ValueError(f"scale must be finite, got {call.scale}")
+    if not 0 <= call.seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in 0 .. 2**63 - 1, got {call.seed}")
+    if call.layer < 0:
+        raise ValueError(f"layer must be 0 or more, got {call.layer}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, start: int) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, positions, dim], got {_shape(tensor)}"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} has an empty dimension: {_shape(tensor)}")
+    B, H, N, D = q.shape
+    Hk, M = k.shape[1], k.shape[2]
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != B:
+        raise ValueError(
+            f"k and v must agree on batch, heads and positions: {_shape(q)}, {_shape(k)}, {_shape(v)}"
+        )
+    if k.shape[3] != D:
+        raise ValueError(f"q and k must have the same head_dim, got {D} and {k.shape[3]}")
+    if H % Hk:
+        raise ValueError(f"the query heads ({H}) must be a multiple of the key heads ({Hk})")
+    if not 0 <= start <= M - N:
+        raise ValueError(f"start must lie in 0 .. M - N = {M - N} ({N} queries, {M} keys), got {start}")
+    if q.dtype not in _FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _check_segments(q: Tensor, segments: Sequence[Segment]) -> None:
+    if q.dim() != 4 or q.shape[0] != 1:
+        raise ValueError(f"packed q must be [1, heads, rows, dim], got {_shape(q)}")
+    if not segments:
+        raise ValueError("a packed call needs at least one segment")
+    width = segments[0].v.shape[-1]
+    covered = 0
+    for number, segment in enumerate(sorted(segments, key=lambda s: s.rows.start or 0)):
+        first, stop, step = segment.rows.indices(q.shape[2])
+        if step != 1 or first != covered or stop <= first:
+            raise ValueError(
+                f"segment {number} has rows {first}..{stop}, expected them to begin at {covered}"
+            )
+        if not 0 <= segment.seed <= MAX_SEED:
+            raise ValueError(f"segment {number}: seed must lie in 0 .. 2**63 - 1, got {segment.seed}")
+        if segment.v.shape[-1] != width:
+            raise ValueError(f"segment {number} has value dim {segment.v.shape[-1]}, the first has {width}")
+        try:
+            _check_tensors(q[:, :, segment.rows], segment.k, segment.v, segment.start)
+        except ValueError as error:
+            raise ValueError(f"segment {number}: {error}") from None
+        covered = stop
+    if covered != q.shape[2]:
+        raise ValueError(f"the segments cover {covered} rows of {q.shape[2]}")
+
+
+def _rows_dense(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous, which the kernels need; a view wherever possible."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,63 @@
+"""Exact softmax attention: the standard that every other backend is measured against.
+
+    out_i = sum_j softmax_j(scale * <q_i, k_j>) v_j        over all j (causal: j <= i)
+
+Vaswani et al., "Attention is all you need" (arXiv 1706.03762), eq. 1. Cost O(N M) time, O(N) memory: torch's
+flash kernel. A causal chunk of N < M rows is a rectangle over the earlier keys and a triangle over its own,
+merged by log-sum-exp (torch's own causal flag aligns to the upper left). fp32 accumulation, q's dtype
+returned.
+
+When not to use it: when a document is long enough that attention dominates the time, and an error can be
+afforded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.math.masked import masked_attention
+from kernels.math.spans import Ints, Span, SpanPattern, span_attention
+
+_ONE_TILE = 1 << 40
+
+
+class ExactParams(Params):
+    """None: every pair is computed."""
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> AttentionResult:
+    everything = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return masked_attention(q, k, v, everything, call)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> AttentionResult:
+    return span_attention(q, k, v, _CAUSAL if call.causal else _ALL, call)
+
+
+def _all_keys(rows: Ints, num_keys: int) -> list[Span]:
+    return [Span(np.zeros_like(rows), np.full_like(rows, num_keys))]
+
+
+def _earlier_keys(rows: Ints, num_keys: int) -> list[Span]:
+    """The keys before the call's first row, seen by every row, and the triangle of the call's own."""
+    first = np.full_like(rows, rows[0])
+    return [Span(np.zeros_like(rows), first), Span(first, rows + 1)]
+
+
+_ALL = SpanPattern(key="all", spans=_all_keys, tile=_ONE_TILE)
+_CAUSAL = SpanPattern(key="all", spans=_earlier_keys, tile=_ONE_TILE)
+
+BACKEND = Backend(
+    name="exact",
+    summary="Softmax attention over every pair.",
+    paper="Vaswani et al., Attention is all you need (arXiv 1706.03762)",
+    params=ExactParams,
+    capabilities=Capabilities(
+        causal=True, bidirectional=True, decode=True, exact=True, selection="none", complexity="O(N^2)"
+    ),
+    impls={"reference": reference, "torch": attend},
+    conditions="Nothing is approximated.",
+)

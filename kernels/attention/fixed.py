@@ -1,0 +1,118 @@
+"""Fixed attention: the own block, and the last token of every block as its summary.
+
+    A^0_i = {j : j // stride = i // stride}
+    A^1_i = {i} and {j : j mod stride = stride - 1}            (causal: j <= i in both)
+
+Child et al., "Generating long sequences with sparse transformers" (arXiv 1904.10509), section 4.3 with c = 1,
+in the form of Yun et al. (arXiv 2006.04862), pattern FIXED(w) with w = stride; ``combine`` says how the two
+share layers and heads. Cost O(N stride + N^2 / stride) time, O(N) memory: stride near sqrt(N) is cheapest.
+Blocks are views, summary tokens are collected once per call. Accumulates in fp32, returns q's dtype.
+
+When not to use it: with a model that was not trained so: the summary tokens are ordinary tokens to it.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.math.accumulate import Accumulator, accumulator, result
+from kernels.math.combine import AddPart, Combine, add_combined, combined_keep
+from kernels.math.masked import masked_attention, positions
+from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+
+
+class FixedParams(Params):
+    stride: int = Field(
+        default=128, ge=2, le=4096, description="Tokens per block; the last of each is its summary."
+    )
+    combine: Combine = Field(
+        default="union", description="Both patterns everywhere, by turns over heads, or by turns over layers."
+    )
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) -> AttentionResult:
+    i, j = positions(q, k, call)
+    w = params.stride
+    patterns = [i // w == j // w, (j == i) | (j % w == w - 1)]
+    keep = combined_keep(patterns, params.combine, q.shape[1], call.layer)
+    return masked_attention(q, k, v, keep, call)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) -> AttentionResult:
+    began = perf_counter()
+    acc = accumulator(q, k, v, call)
+    add_combined(
+        acc,
+        params.combine,
+        union=_adds("union", params.stride, call.causal),
+        patterns=[_adds("block", params.stride, call.causal), _adds("summaries", params.stride, call.causal)],
+    )
+    return result(acc, q, began)
+
+
+def _adds(name: str, w: int, causal: bool) -> AddPart:
+    spans = {"union": _union_spans, "block": _block_spans, "summaries": _summary_spans}[name]
+    pattern = SpanPattern(
+        ("fixed", name, w), lambda rows, num_keys: spans(rows, num_keys, w, causal), tile=_tile(w)
+    )
+
+    def add(acc: Accumulator) -> None:
+        add_spans(acc, plan_for(acc, pattern))
+
+    return add
+
+
+def _tile(w: int) -> int:
+    """Whole blocks per tile, so that its rows agree on their block's bounds as far as possible."""
+    return w * max(1, 128 // w) if w <= 512 else 256
+
+
+def _block_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
+    first = rows // w * w
+    return [Span(first, rows + 1 if causal else np.minimum(first + w, num_keys))]
+
+
+def _summary_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
+    is_summary = rows % w == w - 1
+    count = (rows + 1) // w if causal else np.full_like(rows, num_keys // w)
+    return [
+        Span(rows, np.where(is_summary, rows, rows + 1)),
+        Span(np.zeros_like(rows), count, first=w - 1, step=w),
+    ]
+
+
+def _union_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
+    """Causal: the block and the summaries of earlier blocks. Otherwise: all summaries and the rest of the
+    block.
+    """
+    first = rows // w * w
+    hi = rows + 1 if causal else np.minimum(first + w - 1, num_keys)
+    count = rows // w if causal else np.full_like(rows, num_keys // w)
+    return [Span(first, hi), Span(np.zeros_like(rows), count, first=w - 1, step=w)]
+
+
+BACKEND = Backend(
+    name="fixed",
+    summary="The own block, and the last token of every block as its summary (sparse transformers).",
+    paper="Child et al., Sparse Transformers (arXiv 1904.10509); Yun et al. (arXiv 2006.04862)",
+    params=FixedParams,
+    capabilities=Capabilities(
+        causal=True,
+        bidirectional=True,
+        decode=True,
+        exact=False,
+        selection="none",
+        complexity="O(N stride + N^2 / stride)",
+    ),
+    impls={"reference": reference, "torch": attend},
+    conditions=(
+        "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
+        "reached within 2 layers (3 where a model's first layer has the summaries). In a causal model a "
+        "token is reached by earlier ones only, the paper's s is infinite and its theorem does not apply."
+    ),
+)

@@ -1,0 +1,37 @@
+"""One query row over a few runs of keys: decode. Reads the keys it keeps, as views, and nothing else.
+
+    p = softmax(scale * q [K_1 | K_2 | ...]^T),   out = sum_r p_r V_r
+
+The scores of the runs are joined, not the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def attend_row(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, Hk, G, 1, D] over the keys of disjoint, non-empty ``runs`` -> out [B, Hk, G, 1, Dv], lse [B, Hk,
+    G, 1].
+    """
+    if q.shape[0] > 1:
+        rows = [attend_row(q[b : b + 1], k[b : b + 1], v[b : b + 1], runs, scale) for b in range(q.shape[0])]
+        return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
+    query = q[0, :, :, 0] * scale
+    keys, values = k[0], v[0]
+    scores = [torch.bmm(query, keys[:, run].to(q.dtype).mT) for run in runs]
+    weights, lse = softmax_lse(scores[0] if len(scores) == 1 else torch.cat(scores, -1))
+    parts = torch.split(weights, [part.shape[-1] for part in scores], -1) if len(scores) > 1 else (weights,)
+    out = torch.bmm(parts[0], values[:, runs[0]].to(q.dtype))
+    for part, run in zip(parts[1:], runs[1:], strict=True):
+        out.baddbmm_(part, values[:, run].to(q.dtype))
+    return out[None, :, :, None], lse[None, :, :, None]
+
+
+def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax over the last dimension, and its log-sum-exp: max s - log max p, which needs no second pass."""
+    weights = torch.softmax(scores, -1)
+    return weights, scores.amax(-1) - torch.log(weights.amax(-1))

@@ -1,0 +1,89 @@
+"""Softmax attention over an edge list: row i keeps the keys e_i1 .. e_iE, each row its own.
+
+    s_it = scale * <q_i, k_(e_it)>,   out_i = sum_t e^(s_it - lse_i) v_(e_it),   lse_i = log sum_t e^(s_it)
+
+Rows have equally many edges; ``drop`` marks those that do not count (repeats, keys that another part has). On
+a CPU the scores are one sampled matrix product over a CSR pattern and the values one weighted embedding bag:
+neither copies a key. Elsewhere keys are gathered in tiles. O(R E) memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_GATHER_ROWS = 256
+
+
+def attend_edges(
+    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, drop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q [R, D], k [M, D], v [M, Dv], edges int32 [R, E], drop bool [R, E] -> out [R, Dv], lse [R]."""
+    if q.device.type != "cpu" or edges.shape[1] > len(k):  # a CSR pattern holds no more edges than pairs
+        return _by_gather(q, k, v, edges, drop, scale)
+    scores = _sampled_scores(q, k, edges, scale)
+    weights, total, lse = _unnormalised(scores, drop)
+    out = F.embedding_bag(edges, v, per_sample_weights=weights, mode="sum")
+    return out.div_(total.unsqueeze(-1)), lse
+
+
+def attend_row_edges(
+    q: Tensor, k: Tensor, v: Tensor, head: Tensor, edges: Tensor, drop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One query position: q [S, G, D] over k[head[s], edges[s]], k [Hk, M, D], edges [S, E] -> [S, G, Dv],
+    [S, G].
+    """
+    keys = k[head[:, None], edges].to(q.dtype)
+    values = v[head[:, None], edges].to(q.dtype)
+    scores = torch.bmm(q * scale, keys.mT)
+    weights, total, lse = _unnormalised(scores, None if drop is None else drop.unsqueeze(1))
+    return torch.bmm(weights, values).div_(total.unsqueeze(-1)), lse
+
+
+def _unnormalised(scores: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(s - max), its sum over the edges (1 where a row has none), and the log-sum-exp. ``scores`` is
+    overwritten.
+    """
+    if drop is not None:
+        scores.masked_fill_(drop, -math.inf)
+    top = scores.amax(-1)
+    top.masked_fill_(top == -math.inf, 0.0)
+    weights = scores.sub_(top.unsqueeze(-1)).exp_()
+    total = weights.sum(-1)
+    lse = top + torch.log(total)
+    return weights, total.masked_fill_(total == 0.0, 1.0), lse
+
+
+def _sampled_scores(q: Tensor, k: Tensor, edges: Tensor, scale: float) -> Tensor:
+    R, E = edges.shape
+    ends = torch.arange(0, R * E + 1, E, dtype=edges.dtype)
+    pattern = _csr(ends, edges.reshape(-1), q.new_zeros(R * E), (R, k.shape[0]))
+    scores: Tensor = torch.sparse.sampled_addmm(pattern, q, k.mT, alpha=scale, beta=0.0)
+    return scores.values().view(R, E)
+
+
+def _csr(ends: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(ends, columns, values, size=size, check_invariants=False)
+
+
+def _by_gather(
+    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, drop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    head = torch.zeros(1, dtype=torch.long, device=q.device)
+    parts = []
+    for a in range(0, len(q), _GATHER_ROWS):
+        rows = slice(a, a + _GATHER_ROWS)
+        own = None if drop is None else drop[rows]
+        heads = head.expand(len(edges[rows]))
+        parts.append(attend_row_edges(q[rows, None], k[None], v[None], heads, edges[rows].long(), own, scale))
+    return torch.cat([out[:, 0] for out, _ in parts]), torch.cat([lse[:, 0] for _, lse in parts])
+
+
+with warnings.catch_warnings():
+    # torch says once per process that CSR tensors are in beta; a server's log is no place for it.
+    warnings.simplefilter("ignore")
+    _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))

@@ -1,0 +1,47 @@
+"""The slow, obvious softmax attention under a dense mask: the specification of every fixed pattern.
+
+    out_i = sum_{j in A_i} e^(s_ij - lse_i) v_j,   s_ij = scale * <q_i, k_j>,   lse_i = log sum_{j in A_i}
+    e^(s_ij)
+
+O(N M) memory and time per head. Accumulates in fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Call, Stats
+from kernels.math.accumulate import pairs_exact
+from kernels.math.dense import accumulator_dtype
+
+
+def positions(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Query positions i as a column [N, 1], key positions j as a row [1, M]."""
+    i = torch.arange(call.start, call.start + q.shape[2], device=q.device)
+    j = torch.arange(k.shape[2], device=q.device)
+    return i[:, None], j[None, :]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, call: Call) -> AttentionResult:
+    """Attention over the pairs where ``keep`` [H, N, M] or [N, M] is True; causal pairs j > i are dropped
+    here.
+    """
+    began = perf_counter()
+    B, H, N, _ = q.shape
+    i, j = positions(q, k, call)
+    keep = keep.expand(H, N, k.shape[2]) & (j <= i if call.causal else torch.ones_like(j <= i))
+    dtype = accumulator_dtype(q.dtype)
+    group = H // k.shape[1]
+    keys = k.to(dtype).repeat_interleave(group, dim=1)
+    values = v.to(dtype).repeat_interleave(group, dim=1)
+    scores = (q.to(dtype) @ keys.mT * call.scale).masked_fill(~keep, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~keep, 0.0)
+    kept = B * int(keep.sum())
+    spent_ms = (perf_counter() - began) * 1e3
+    stats = Stats(kept, pairs_exact(q, k.shape[2], call), B * keep.numel(), 0.0, spent_ms, "reference")
+    return AttentionResult((weights @ values).to(q.dtype), lse.float(), stats)

@@ -1,0 +1,1 @@
+"""Load tests: they speak HTTP to a running server and import nothing else from this repository."""

@@ -1,0 +1,17 @@
+"""Errors of a running model. What concerns loading is ``models.contract.ModelError``."""
+
+from __future__ import annotations
+
+
+class NonFiniteOutput(ArithmeticError):
+    """A step produced NaN or infinity for one slice; nothing advanced, the other slices can be run again.
+
+    ``index`` is the position of the slice in the call to ``step``.
+    """
+
+    def __init__(self, index: int, what: str) -> None:
+        self.index = index
+        super().__init__(
+            f"slice {index}: the model's {what} contain NaN or infinity. Try another dtype (float32), "
+            "attention or input; the weights may be damaged."
+        )

@@ -1,0 +1,231 @@
+"""A loaded network as the service sees it: ``models.contract.ServedModel`` on transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.registry import UnknownBackend
+from kernels.registry import load as load_backend
+from models.contract import Choice, ModelInfo, Slice, SliceResult, StepResult, Tokenizer
+from models.errors import NonFiniteOutput
+from models.kv_cache import Cache
+from models.memory import PeakBytes, estimate_bytes
+from models.network import Network
+from models.rotary import sequence_lengths
+from models.seam import NAME, Member, Step, in_groups
+
+
+class Sequence_:
+    """One sequence's state: tokens read so far and, for decoders, its cache."""
+
+    def __init__(self, capacity: int, cache: Cache | None) -> None:
+        self.capacity = capacity
+        self.cache = cache
+        self.length = 0
+        self.closed = False
+
+    @property
+    def held_bytes(self) -> int:
+        return self.cache.held_bytes if self.cache is not None else 0
+
+    def close(self) -> None:
+        self.closed = True
+        if self.cache is not None:
+            self.cache.close()
+
+
+class Model:
+    """ServedModel on a transformers network. ``step`` from one thread only, the rest from any."""
+
+    def __init__(self, network: Network, info: ModelInfo, tokenizer: Tokenizer | None) -> None:
+        self._network = network
+        self._info = info
+        self._tokenizer = tokenizer
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "a model under self-test has no tokenizer"
+        return self._tokenizer
+
+    def unsupported(self, choice: Choice) -> list[str]:
+        """Every reason why this model cannot run this choice; [] where it can."""
+        try:
+            backend = load_backend(choice.backend)
+        except UnknownBackend as error:
+            return [str(error)]
+        if not isinstance(choice.params, backend.params):
+            wanted, given = backend.params.__name__, type(choice.params).__name__
+            return [f"backend {choice.backend!r} takes {wanted}, got {given}"]
+        kind = "causal" if self._info.causal else "bidirectional"
+        reasons = list(backend.unsupported(choice.params, self._info.causal))
+        if not getattr(backend.capabilities, kind):
+            reasons.append(f"backend {choice.backend!r} has no {kind} form and {self._info.name!r} is {kind}")
+        if self._info.causal and not backend.capabilities.decode:
+            reasons.append(f"backend {choice.backend!r} has no decode step, which {self._info.name!r} needs")
+        if backend.capabilities.learned:
+            reasons.append(
+                f"backend {choice.backend!r} needs parameters that {self._info.name!r} does not carry"
+            )
+        return reasons
+
+    def open(self, capacity: int) -> Sequence_:
+        """A new sequence with room for ``capacity`` tokens. ValueError beyond the model's limit."""
+        if not 1 <= capacity <= self._info.max_tokens:
+            raise ValueError(
+                f"capacity is {capacity} tokens; {self._info.name!r} reads 1 to {self._info.max_tokens}. "
+                "Shorten the input or ask for fewer new tokens"
+            )
+        network = self._network
+        if not network.plan.causal:
+            return Sequence_(capacity, None)
+        return Sequence_(capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device))
+
+    def step(self, slices: Sequence[Slice]) -> StepResult:
+        """One packed forward over the next tokens of many sequences.
+
+        Raises ValueError (a slice that cannot be run, named by its index), NonFiniteOutput, or what the
+        kernels raise. On any exception no sequence has advanced.
+        """
+        if not slices:
+            return StepResult((), None)
+        check(slices, self._network, self._info.max_tokens)
+        peak = PeakBytes(self._network.device, sum(len(s.token_ids) for s in slices))
+        results = run(self._network, slices)
+        for s in slices:
+            _state(s).length += len(s.token_ids)
+        return StepResult(results, peak.read())
+
+    def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
+        """Peak bytes of one request without the weights: its cache and the activations of its largest
+        step."""
+        return estimate_bytes(self._network.sizes, tokens, new_tokens, chunk_tokens)
+
+
+def _state(s: Slice) -> Sequence_:
+    assert isinstance(s.sequence, Sequence_), "a sequence opened by another model. This is a bug."
+    return s.sequence
+
+
+def check(slices: Sequence[Slice], network: Network, max_tokens: int) -> None:
+    """Refuse what cannot be run before anything is touched. ValueError naming the slice and the limit."""
+    if len({id(s.sequence) for s in slices}) < len(slices):
+        raise ValueError("a sequence may appear once in a step")
+    for index, s in enumerate(slices):
+        reason = _refusal(s, _state(s), network, max_tokens)
+        if reason:
+            raise ValueError(f"slice {index}: {reason}")
+
+
+def _refusal(s: Slice, state: Sequence_, network: Network, max_tokens: int) -> str | None:
+    n, stop = len(s.token_ids), state.length + len(s.token_ids)
+    if state.closed:
+        return "its sequence is closed"
+    if n == 0:
+        return "token_ids is empty"
+    if stop > state.capacity or stop > max_tokens:
+        return (
+            f"{stop} tokens exceed the sequence's capacity of {state.capacity} (the model reads {max_tokens})"
+        )
+    if not network.plan.causal and (state.length or n != s.total):
+        return f"a bidirectional model reads a sequence in one step: {n} of {s.total} tokens given"
+    if s.want in ("logits", "scores") and network.head is None:
+        return f"want={s.want!r} needs a causal language model, this one has no language-model head"
+    if not 0 <= min(s.token_ids) <= max(s.token_ids) < network.vocab_size:
+        return f"token_ids must lie in 0 .. {network.vocab_size - 1}"
+    if s.want == "scores" and len(s.targets) != n:
+        return f"targets has {len(s.targets)} entries for {n} token_ids"
+    if s.want == "scores" and not 0 <= min(s.targets) <= max(s.targets) < network.sizes.vocab_size:
+        return f"targets must lie in 0 .. {network.sizes.vocab_size - 1}"
+    return None
+
+
+@torch.inference_mode()
+def run(network: Network, slices: Sequence[Slice]) -> tuple[SliceResult, ...]:
+    """The packed forward of one step: slices in, results in the same order; sequences are not advanced."""
+    order = in_groups([s.choice for s in slices])
+    packed = [slices[i] for i in order]
+    members = _members(packed)
+    step = Step(network.plan.layers, members)
+    hidden = _forward(network, packed, members, step)
+    step.finish()
+    logits = _last_row_logits(network, order, packed, members, hidden)
+    results = {
+        index: _result(network, index, s, member, hidden[member.rows], logits.get(index))
+        for index, s, member in zip(order, packed, members, strict=True)
+    }
+    return tuple(results[i] for i in range(len(slices)))
+
+
+def _members(packed: Sequence[Slice]) -> list[Member]:
+    members, row = [], 0
+    for s in packed:
+        state = _state(s)
+        members.append(Member(slice(row, row + len(s.token_ids)), state.length, s.choice, state.cache))
+        row += len(s.token_ids)
+    return members
+
+
+def _forward(network: Network, packed: Sequence[Slice], members: Sequence[Member], step: Step) -> Tensor:
+    """Final hidden states [T, E] of the packed stream."""
+    device = network.device
+    token_ids = torch.tensor([t for s in packed for t in s.token_ids], dtype=torch.int64, device=device)
+    positions = torch.cat([torch.arange(m.start, m.stop, device=device) for m in members])
+    totals = torch.tensor([s.total for s in packed for _ in s.token_ids], dtype=torch.int64, device=device)
+    lengths = torch.maximum(totals, positions + 1)
+    with sequence_lengths(lengths[None]):
+        output = network.body(
+            input_ids=token_ids[None],
+            position_ids=positions[None] + network.plan.position_offset,
+            **{NAME: step},
+            **network.arguments,
+        )
+    hidden: Tensor = output[0]
+    return hidden[0]
+
+
+def _last_row_logits(
+    network: Network, order: Sequence[int], packed: Sequence[Slice], members: Sequence[Member], hidden: Tensor
+) -> dict[int, Tensor]:
+    """Logits [V] of the last row of every slice that wants them, by slice index; the head runs once for
+    all."""
+    wanting = [
+        (i, m.rows.stop - 1) for i, s, m in zip(order, packed, members, strict=True) if s.want == "logits"
+    ]
+    if not wanting or network.head is None:
+        return {}
+    rows = torch.tensor([row for _, row in wanting], device=hidden.device)
+    logits = network.head(hidden[rows])
+    return {index: row for (index, _), row in zip(wanting, logits, strict=True)}
+
+
+def _result(
+    network: Network, index: int, s: Slice, member: Member, hidden: Tensor, logits: Tensor | None
+) -> SliceResult:
+    """hidden [n, E] of one slice, and the logits of its last row if it wants them -> its result."""
+    _finite(index, "hidden states", hidden)
+    work = member.work
+    rows_of_logits = {"logits": 1, "scores": len(s.token_ids)}.get(s.want, 0)
+    linear = 2.0 * (network.linear_params * len(s.token_ids) + network.head_params * rows_of_logits)
+    work.flops += linear
+    work.flops_exact += linear
+    if s.want == "hidden":
+        return SliceResult(work, hidden=hidden.float())
+    if logits is not None:
+        return SliceResult(work, logits=_finite(index, "logits", logits))
+    if s.want == "scores" and network.head is not None:
+        targets = torch.tensor(list(s.targets), dtype=torch.int64, device=hidden.device)
+        return SliceResult(work, scores=_finite(index, "scores", network.head.scores(hidden, targets)))
+    return SliceResult(work)
+
+
+def _finite(index: int, what: str, values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteOutput(index, what)
+    return values

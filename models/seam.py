@@ -1,0 +1,249 @@
+"""Where a transformers network meets the kernels: one attention function and one mask function, registered
+under the name ``longreach``.
+
+The network runs on a packed token stream [1, T]. What a step has to know about its sequences travels as the
+forward keyword ``longreach``, never in the config: a ``Step`` while serving, a ``models.plan.Probe`` once at
+load. Masks are never built: the mask function hands on what transformers would have masked, and the probe
+reads from it whether a layer is causal and how wide its own window is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kernels import attend_packed
+from kernels.contract import Params, Segment, Stats
+from kernels.registry import load as load_backend
+from models.contract import Choice, Work
+from models.kv_cache import Cache, LayerShape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "longreach"
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """What a layer asked to be masked: transformers' own element-wise predicate (batch, head, query, key) ->
+    bool, and the window it mentions, if any."""
+
+    allowed: Callable[..., Any]
+    window: int | None
+    padding: Any
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One attention call of the forward, in calling order.
+
+    ``window`` is the layer's own sliding window as the ``window`` backend counts it, None where the request's
+    choice applies; ``ordinal`` counts the layers of the same kind.
+    """
+
+    causal: bool
+    window: int | None
+    ordinal: int
+    num_heads: int
+    shape: LayerShape
+
+    @property
+    def flops_per_pair(self) -> int:
+        return 2 * (self.shape.key_dim + self.shape.value_dim)
+
+
+@dataclass
+class Member:
+    """One sequence's share of a step: its rows of the packed axis, where it stands, its cache (decoders
+    only), the attention it asked for, and the work done for it."""
+
+    rows: slice
+    start: int
+    choice: Choice
+    cache: Cache | None
+    work: Work = field(default_factory=Work)
+
+    @property
+    def stop(self) -> int:
+        return self.start + int(self.rows.stop) - int(self.rows.start)
+
+
+class Context(Protocol):
+    """What the forward keyword ``longreach`` must offer: [1, H, T, D] in, [1, T, H, Dv] out."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor: ...
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    scaling: float | None = None,
+    longreach: Context | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls for every attention layer."""
+    if longreach is None:
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand on the forward keyword 'longreach': "
+            "its attention cannot be chosen per request"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return longreach.attend(module, query, key, value, attention_mask, scale, extra), None
+
+
+def mask(*, mask_function: Callable[..., Any], attention_mask: Any = None, **extra: Any) -> MaskRequest:
+    """The function transformers calls to build a mask: builds none, says what was asked for."""
+    return MaskRequest(mask_function, extra.get("local_size"), attention_mask)
+
+
+@cache
+def window_params(window: int) -> Params:
+    """The ``window`` backend's params for a layer's own window. ValueError where the backend has no such
+    window."""
+    return load_backend("window").params.model_validate({"window": window})
+
+
+def register() -> None:
+    """Make ``attn_implementation="longreach"`` known to transformers. Idempotent."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Members that share backend and params, adjacent on the packed axis."""
+
+    rows: slice
+    members: tuple[Member, ...]
+
+
+def _group_key(member: Member) -> tuple[str, Params]:
+    return member.choice.backend, member.choice.params
+
+
+def in_groups(choices: Sequence[Choice]) -> list[int]:
+    """An order of the sequences in which those that share backend and params are adjacent, otherwise as
+    given."""
+    first: dict[tuple[str, Params], int] = {}
+    for choice in choices:
+        first.setdefault((choice.backend, choice.params), len(first))
+    return sorted(range(len(choices)), key=lambda i: first[choices[i].backend, choices[i].params])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One attention call while it runs: its place in the forward, its plan, and the tensors of the whole
+    pack."""
+
+    index: int
+    plan: LayerPlan
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+
+class Step:
+    """The attention of one packed forward, layer by layer in the order in which the network calls it.
+
+    ``members`` lie on the packed axis in order, those that share backend and params adjacent (``in_groups``).
+    """
+
+    def __init__(self, layers: Sequence[LayerPlan], members: Sequence[Member]) -> None:
+        self._layers = tuple(layers)
+        self._next = 0
+        runs = [tuple(run) for _, run in groupby(members, key=_group_key)]
+        self._groups = [_Group(slice(run[0].rows.start, run[-1].rows.stop), run) for run in runs]
+        self._everyone = _Group(slice(0, members[-1].rows.stop), tuple(members))
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        """q [1, H, T, D], k [1, Hk, T, D], v [1, Hk, T, Dv] -> [1, T, H, Dv]."""
+        if self._next >= len(self._layers):
+            raise RuntimeError("the network called attention more often than at load. This is a bug.")
+        layer = _Layer(self._next, self._layers[self._next], q, k, v, scale)
+        self._next += 1
+        if layer.plan.window is not None:
+            return _run(layer, self._everyone, "window", window_params(layer.plan.window))
+        if len(self._groups) == 1:
+            return _run(layer, self._groups[0], *_group_key(self._groups[0].members[0]))
+        out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[-1])
+        for group in self._groups:
+            out[:, group.rows] = _run(layer, group, *_group_key(group.members[0]))
+        return out
+
+    def finish(self) -> None:
+        """Called when the forward is over: every layer of the plan must have been served."""
+        if self._next != len(self._layers):
+            raise RuntimeError(
+                f"the network called attention {self._next} times, {len(self._layers)} times at load. "
+                "This is a bug."
+            )
+
+
+def _run(layer: _Layer, group: _Group, backend: str, params: Params) -> Tensor:
+    """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
+    result = attend_packed(
+        layer.q[:, :, group.rows],
+        [_segment(layer, member, group.rows.start) for member in group.members],
+        backend=backend,
+        params=params,
+        causal=layer.plan.causal,
+        scale=layer.scale,
+        layer=layer.plan.ordinal,
+    )
+    for member, stats in zip(group.members, result.stats, strict=True):
+        _count(member.work, stats, layer.plan)
+    return result.out.transpose(1, 2).contiguous()
+
+
+def _segment(layer: _Layer, member: Member, begin: int) -> Segment:
+    """A member's rows, counted from the group's first, and its keys: its cache's once the new ones are in
+    it."""
+    keys, values = layer.k[:, :, member.rows], layer.v[:, :, member.rows]
+    if member.cache is not None:
+        member.cache.write(layer.index, member.start, keys[0], values[0])
+        keys, values = member.cache.keys_values(layer.index, member.stop)
+    rows = slice(member.rows.start - begin, member.rows.stop - begin)
+    return Segment(rows=rows, k=keys, v=values, start=member.start, seed=member.choice.seed)
+
+
+def _count(work: Work, stats: Stats, layer: LayerPlan) -> None:
+    work.flops += layer.flops_per_pair * stats.pairs_computed
+    if layer.window is not None:  # what the network itself declares local costs the same under every choice
+        work.flops_exact += layer.flops_per_pair * stats.pairs_computed
+        return
+    work.flops_exact += layer.flops_per_pair * stats.pairs_exact
+    work.pairs_kept += stats.pairs_kept
+    work.pairs_exact += stats.pairs_exact
+    work.pairs_computed += stats.pairs_computed
+    work.selection_ms += stats.selection_ms
+    work.attention_ms += stats.selection_ms + stats.compute_ms
+    work.impl = stats.impl

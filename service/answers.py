@@ -1,0 +1,212 @@
+"""Answers of the native routes: their schema, and how they are made from a finished job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from models.contract import Work
+from service.attention import Chosen
+from service.jobs import Job
+from service.record import Record
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="tokens processed, after any truncation")
+    completion_tokens: int = 0
+    total_tokens: int
+    cached_tokens: int = 0
+
+
+class AttentionUsed(BaseModel):
+    """What attention was asked for, what ran, and what it cost."""
+
+    requested: str
+    used: str
+    params: dict[str, Any]
+    applied_layers: list[int] = Field(
+        description="layers to which the choice applies; the others have their own"
+    )
+    density: float = Field(description="pairs kept / pairs that exact computes")
+    density_computed: float = Field(description="score elements computed / pairs that exact computes")
+    flops_ratio: float = Field(
+        description="floating-point operations of the whole forward / those with exact"
+    )
+    impl: str
+    fallback_reason: str | None = None
+    measured_error: None = None
+    decode: AttentionUsed | None = Field(None, description="only where prefill and decode were chosen apart")
+
+
+class MemoryStats(BaseModel):
+    device: str
+    estimated_bytes: int
+    peak_bytes: int | None = Field(description="null where steps were shared or the device cannot say")
+    exact_bytes: int
+
+
+class Stats(BaseModel):
+    queue_ms: float
+    tokenize_ms: float
+    prefill_ms: float
+    decode_ms: float
+    time_to_first_token_ms: float | None
+    total_ms: float
+    batch_size: int = Field(description="requests in the fullest step that this one shared")
+    batch_tokens: int
+    memory: MemoryStats
+
+
+class ChunkEmbedding(BaseModel):
+    token_range: list[int]
+    char_range: list[int] | None
+    embedding: list[float]
+
+
+class Embedding(BaseModel):
+    index: int
+    embedding: list[float] | list[list[float]]
+    tokens: int
+    truncated_tokens: int
+    chunks: list[ChunkEmbedding] | None = None
+
+
+class Measured(BaseModel):
+    """What every answer of a model says about its making."""
+
+    id: str
+    model: str
+    usage: Usage
+    attention: AttentionUsed
+    stats: Stats | None = None
+
+
+class EncodeAnswer(Measured):
+    data: list[Embedding]
+
+
+class TopLogprob(BaseModel):
+    token: str
+    token_id: int
+    logprob: float
+
+
+class Logprobs(BaseModel):
+    tokens: list[str]
+    token_ids: list[int]
+    token_logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]]
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: Logprobs | None = None
+    truncated_tokens: int = 0
+
+
+class GenerateAnswer(Measured):
+    choices: list[Choice]
+
+
+class Score(BaseModel):
+    token_logprobs: list[float] = Field(description="natural logarithms, from the second token on")
+    perplexity: float
+    bits_per_byte: float = Field(description="over the bytes of the scored tokens")
+    tokens: int
+
+
+class ScoreAnswer(Measured):
+    data: list[Score]
+    warnings: list[str] = []
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The attention of one request: of prefill, and of decode where the request named it apart."""
+
+    prefill: Chosen
+    decode: Chosen
+    split: bool = False
+
+    @classmethod
+    def one(cls, chosen: Chosen) -> Attended:
+        return cls(chosen, chosen)
+
+    @property
+    def label(self) -> str:
+        return self.prefill.choice.backend
+
+
+def usage_of(record: Record) -> Usage:
+    total = record.input_tokens + record.output_tokens
+    return Usage(
+        prompt_tokens=record.input_tokens, completion_tokens=record.output_tokens, total_tokens=total
+    )
+
+
+def attention_of(job: Job, attended: Attended) -> AttentionUsed:
+    prefill = _sum([sequence.prefill_work for sequence in job.sequences])
+    decode = _sum([sequence.decode_work for sequence in job.sequences])
+    layers = list(job.model.info.applied_layers)
+    if not attended.split:
+        return _used(attended.prefill, _sum([prefill, decode]), layers)
+    used = _used(attended.prefill, prefill, layers)
+    return used.model_copy(update={"decode": _used(attended.decode, decode, layers)})
+
+
+def stats_of(job: Job, record: Record, now: float) -> Stats:
+    times = job.times
+    first_step = times.first_step if times.first_step is not None else now
+    ended = times.ended if times.ended is not None else now
+    prefill_end = times.first_token if times.first_token is not None else ended
+    waited = None if times.first_token is None else _ms(times.first_token - times.arrival)
+    return Stats(
+        queue_ms=_ms(first_step - times.submitted),
+        tokenize_ms=_ms(record.tokenize_s),
+        prefill_ms=_ms(prefill_end - first_step),
+        decode_ms=_ms(ended - prefill_end),
+        time_to_first_token_ms=waited,
+        total_ms=_ms(now - times.arrival),
+        batch_size=job.batch_requests,
+        batch_tokens=job.batch_tokens,
+        memory=MemoryStats(
+            device=job.model.info.device,
+            estimated_bytes=job.memory.estimated_bytes,
+            peak_bytes=job.memory.peak_bytes,
+            exact_bytes=job.memory.exact_bytes,
+        ),
+    )
+
+
+def _used(chosen: Chosen, work: Work, layers: list[int]) -> AttentionUsed:
+    return AttentionUsed(
+        requested=chosen.requested,
+        used=chosen.choice.backend,
+        params=chosen.choice.params.model_dump(mode="json"),
+        applied_layers=layers,
+        density=_ratio(work.pairs_kept, work.pairs_exact),
+        density_computed=_ratio(work.pairs_computed, work.pairs_exact),
+        flops_ratio=_ratio(work.flops, work.flops_exact),
+        impl=work.impl,
+        fallback_reason=chosen.fallback_reason,
+    )
+
+
+def _sum(parts: Items[Work]) -> Work:
+    total = Work()
+    for part in parts:
+        total.add(part)
+    return total
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,153 @@
+"""``longreach serve | models | fetch | backends | bench | version``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from service.settings import ENV_PREFIX, ConfigError, Settings, flag_name, load_settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script. Errors of the caller are one message on stderr, never a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        raise SystemExit(_bench(arguments[1:]))
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ConfigError as error:
+        print(f"longreach: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="longreach", description="Inference server for long documents.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="start the server", description=_PRECEDENCE)
+    add_settings(serve)
+    serve.set_defaults(run=_serve)
+    models = commands.add_parser("models", help="list the demo models and whether they are here")
+    add_settings(models, only=("cache_dir",))
+    models.set_defaults(run=_models)
+    fetch = commands.add_parser("fetch", help="fetch demo models without serving them")
+    fetch.add_argument(
+        "names", nargs="*", metavar="NAME", help="demo models; those of the profile by default"
+    )
+    add_settings(fetch, only=("profile", "source", "cache_dir"))
+    fetch.set_defaults(run=_fetch)
+    backends = commands.add_parser("backends", help="list the attention backends")
+    backends.set_defaults(run=_backends)
+    commands.add_parser(
+        "bench", help="time the attention backends (arguments go to kernels.bench)", add_help=False
+    )
+    commands.add_parser("version", help="print the version").set_defaults(run=_version)
+    return top
+
+
+_PRECEDENCE = (
+    "Flags win over LONGREACH_* environment variables, these over the TOML file of --config "
+    "(LONGREACH_CONFIG), that over the defaults."
+)
+
+
+def add_settings(command: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """One flag per setting, its environment variable and default in the help."""
+    command.add_argument("--config", metavar="FILE", help=f"TOML file of settings [env: {ENV_PREFIX}CONFIG]")
+    for name, field in Settings.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        shown = "" if field.default in (None, ()) else f" [default: {field.default}]"
+        text = f"{field.description} [env: {ENV_PREFIX}{name.upper()}]{shown}"
+        options: dict[str, Any] = {"dest": name, "default": None, "help": text.replace("%", "%%")}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name in ("models", "cors_origins"):
+            options |= {"action": "append", "metavar": "NAME=PATH_OR_ID" if name == "models" else "ORIGIN"}
+        elif get_origin(field.annotation) is Literal:
+            options |= {"choices": get_args(field.annotation)}
+        else:
+            options["metavar"] = name.rsplit("_", 1)[-1].upper()
+        command.add_argument(flag_name(name), **options)
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    return load_settings(flags, options.config)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = settings_of(options)
+    from service.server import leave, serve
+
+    leave(serve(settings))
+    raise AssertionError("unreachable")
+
+
+def _models(options: argparse.Namespace) -> int:
+    from models.files import default_cache_dir
+    from service.catalogue_table import profiles, rows
+
+    cache_dir = settings_of(options).cache_dir or default_cache_dir()
+    print_table(("NAME", "DOWNLOAD", "HERE", "LICENCE", "SUMMARY"), rows(cache_dir))
+    print(f"\ncache: {cache_dir}\nprofiles: {profiles()}")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from models.contract import ModelError
+    from service.catalogue_table import fetch_all
+
+    try:
+        fetch_all(options.names, settings_of(options))
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    return 0
+
+
+def _backends(options: argparse.Namespace) -> int:
+    from kernels.api import describe
+    from kernels.registry import BACKENDS
+
+    table = []
+    for name in BACKENDS:
+        told = describe(name)
+        can = told["capabilities"]
+        kinds = " ".join(kind for kind in ("causal", "bidirectional", "decode") if can[kind])
+        params = ", ".join(f"{key}={value}" for key, value in told["defaults"].items()) or "-"
+        table.append((name, kinds, can["selection"], can["complexity"], params, told["summary"]))
+    print_table(("BACKEND", "SERVES", "SELECTION", "COST", "PARAMS (DEFAULTS)", "SUMMARY"), table)
+    return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from subprocess import run
+
+    return run([sys.executable, "-m", "kernels.bench", *arguments], check=False).returncode
+
+
+def _version(options: argparse.Namespace) -> int:
+    from importlib.metadata import version
+
+    print(
+        f"longreach {version('longreach')} (torch {version('torch')}, transformers {version('transformers')})"
+    )
+    return 0
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as their widest cell; the last one runs free."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        print("  ".join([*cells, line[-1]]).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The way of one request: open? -> model -> tokens -> engine -> answer, raced against its client leaving.
+
+Starlette cancels a stream whose client has gone but lets a plain handler run to its end, so both are
+watched here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Items
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from models.contract import Choice, ServedModel, Task
+from service.answers import Attended, attention_of
+from service.attention import exact_choice
+from service.errors import ApiError
+from service.jobs import Channel, Job, Times
+from service.record import Record
+from service.report import observe_job
+from service.runtime import Runtime
+from service.sequences import Sequence, TokenOut
+
+T = TypeVar("T")
+LARGE_ANSWER_VALUES = 4096
+"""Numbers beyond which an answer is written in a worker thread."""
+
+
+class Flow:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.runtime: Runtime = request.app.state.runtime
+        self.record: Record = request.scope["state"]["record"]
+        self.loop = asyncio.get_running_loop()
+
+    def begin(self, name: str | None, task: Task) -> ServedModel:
+        """The model, if the server takes work at all."""
+        self.runtime.check_open()
+        model = self.runtime.model(name, task)
+        self.record.model = model.info.name
+        return model
+
+    async def tokenise(self, read: Callable[[], T]) -> T:
+        """``read`` in a worker thread, its time noted."""
+        started = self.runtime.clock()
+        result = await self.offload(read)
+        self.record.tokenize_s += self.runtime.clock() - started
+        return result
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        return await self.loop.run_in_executor(self.runtime.workers, work)
+
+    def job(
+        self,
+        prefix: str,
+        model: ServedModel,
+        sequences: Items[Sequence],
+        attended: Attended,
+        *,
+        timeout_ms: int | None,
+        stream: bool = False,
+    ) -> Job:
+        """A job ready to submit: memory estimated, deadlines set."""
+        record, arrival = self.record, self.record.started
+        record.attention = attended.label
+        timeout_s = self.runtime.settings.timeout_s if timeout_ms is None else timeout_ms / 1e3
+        job = Job(f"{prefix}{uuid.uuid4().hex}", model, sequences, Channel(), Times(arrival), stream=stream)
+        job.deadline = arrival + timeout_s
+        read_timeout_s = _read_timeout(self.request)
+        job.queue_deadline = arrival + read_timeout_s if read_timeout_s is not None else None
+        chunk = self.runtime.settings.prefill_chunk_tokens
+        for sequence in sequences:
+            choices = {id(choice): choice for choice in (attended.prefill.choice, attended.decode.choice)}
+            sequence.estimated_bytes = max(
+                _bytes(model, sequence, choice, chunk) for choice in choices.values()
+            )
+            sequence.exact_bytes = _bytes(model, sequence, exact_choice(), chunk)
+        job.memory.estimated_bytes = sum(sequence.estimated_bytes for sequence in sequences)
+        job.memory.exact_bytes = sum(sequence.exact_bytes for sequence in sequences)
+        return job
+
+    async def run(self, job: Job) -> None:
+        """Submit and wait for the end. ApiError where it fails; cancelled where the client leaves."""
+        self.submit(job)
+        await self.next_event(job)
+
+    def submit(self, job: Job) -> None:
+        self.runtime.engine.submit(job)
+        now = self.runtime.clock()
+        for deadline in (job.deadline, job.queue_deadline):
+            if deadline is not None:
+                timer = self.loop.call_later(max(deadline - now, 0) + 0.001, self.runtime.engine.expire)
+                job.timers.append(timer)
+
+    async def next_event(self, job: Job, timeout_s: float | None = None) -> TokenOut | None:
+        """The next token, or None at the end, unless the client leaves first. TimeoutError after
+        ``timeout_s``, with nothing lost."""
+        event = asyncio.ensure_future(job.channel.next())
+        gone = asyncio.ensure_future(self._client_gone())
+        try:
+            done, _ = await asyncio.wait(
+                {event, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if event in done:
+                return event.result()
+            if gone in done:
+                raise ApiError("client_closed_request", "The client closed the request.", stage=job.stage)
+            raise TimeoutError
+        except TimeoutError:
+            raise
+        except BaseException:
+            self.abandon(job)
+            raise
+        finally:
+            for task in (event, gone):
+                task.cancel()
+            await asyncio.gather(event, gone, return_exceptions=True)
+
+    def abandon(self, job: Job) -> None:
+        """End the job if it has not ended. Idempotent."""
+        self.runtime.engine.cancel(job)
+        for timer in job.timers:
+            timer.cancel()
+
+    def finish(self, job: Job, attended: Attended, *, input_tokens: int, output_tokens: int = 0) -> float:
+        """Note a completed job in record and metrics; returns the time now."""
+        record, times = self.record, job.times
+        for timer in job.timers:
+            timer.cancel()
+        first_step = times.first_step if times.first_step is not None else times.submitted
+        record.input_tokens, record.output_tokens, record.computed = input_tokens, output_tokens, True
+        record.queue_s = first_step - times.submitted
+        record.inference_s = (times.ended or first_step) - first_step
+        record.density = attention_of(job, attended).density
+        observe_job(self.runtime, record, job)
+        for chosen in [attended.prefill, *([attended.decode] if attended.split else [])]:
+            if chosen.fallback_reason is not None:
+                used = chosen.choice.backend
+                self.runtime.metrics.fallback.labels(chosen.requested, used, "unsupported").inc()
+        return self.runtime.clock()
+
+    async def respond(self, answer: BaseModel, values: int = 0, exclude: set[str] | None = None) -> Response:
+        """The answer as JSON; a large one is written off the event loop."""
+
+        def write() -> bytes:
+            return answer.model_dump_json(exclude=exclude).encode("utf-8")
+
+        content = await self.offload(write) if values > LARGE_ANSWER_VALUES else write()
+        return Response(content, media_type="application/json")
+
+    async def _client_gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+
+async def tokens_of(
+    flow: Flow, job: Job, first: TokenOut | None, started: bool
+) -> AsyncIterator[TokenOut | None]:
+    """Tokens as they come, None where a keep-alive is due. Ends when the job is complete; ApiError where it
+    fails."""
+    if started:
+        if first is None:
+            return
+        yield first
+    pending = asyncio.ensure_future(job.channel.next())
+    try:
+        while True:
+            done, _ = await asyncio.wait({pending}, timeout=flow.runtime.settings.keep_alive_s)
+            if not done:
+                yield None
+                continue
+            token = pending.result()
+            if token is None:
+                return
+            pending = asyncio.ensure_future(job.channel.next())
+            yield token
+    finally:
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
+
+
+def _bytes(model: ServedModel, sequence: Sequence, choice: Choice, chunk_tokens: int) -> int:
+    tokens = len(sequence.token_ids)
+    chunk = min(chunk_tokens, tokens) if sequence.chunkable else tokens
+    return model.estimate_bytes(tokens, sequence.capacity - tokens, choice, chunk)
+
+
+def _read_timeout(request: Request) -> float | None:
+    """Seconds that the client's SDK says it will wait for an answer; None where it does not say."""
+    try:
+        seconds = float(request.headers.get("x-stainless-read-timeout", ""))
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and 0 < seconds <= 86_400 else None

@@ -1,0 +1,80 @@
+"""From a request's sampling fields to sequences, and from finished sequences to choices: shared by
+``/v1/generate`` and the OpenAI routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.contract import ServedModel, Tokenizer
+from service.answers import Attended, Choice, Logprobs, TopLogprob
+from service.attention import SpecPair, choose
+from service.errors import invalid
+from service.inputs import Tokens
+from service.sampling import SamplingParams
+from service.sequences import Ending, GenerateSequence, TokenOut
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to generate, however it was asked for."""
+
+    max_new_tokens: int
+    sampling: SamplingParams
+    stops: tuple[str, ...]
+    n: int = 1
+
+
+def attended_pair(pair: SpecPair, model: ServedModel) -> Attended:
+    """Attention of prefill and decode on this model; a causal model's decode must be supported as well."""
+    return Attended(choose(pair.prefill, model), choose(pair.decode, model), pair.split)
+
+
+def sequences_of(
+    prompts: list[Tokens], wanted: Wanted, model: ServedModel, attended: Attended
+) -> list[GenerateSequence]:
+    """``n`` sequences a prompt, in order; choice i draws from stream (seed, i)."""
+    ending = Ending(wanted.max_new_tokens, wanted.stops, frozenset(model.info.eos_token_ids))
+    prefill, decode = attended.prefill.choice, attended.decode.choice
+    return [
+        GenerateSequence(i, prompt.token_ids, prefill, decode, model.tokenizer, wanted.sampling, ending)
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(wanted.n))
+    ]
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def check_new_tokens(asked: int, limit: int, model: ServedModel, param: str) -> None:
+    """``asked`` must leave room for a prompt and stay below the server's limit."""
+    bound = min(limit, model.info.max_tokens - 1)
+    if asked > bound:
+        raise invalid(f"{param} must be at most {bound} for model {model.info.name!r}", param, le=bound)
+
+
+def choice_of(sequence: GenerateSequence, tokenizer: Tokenizer, truncated_tokens: int) -> Choice:
+    return Choice(
+        index=sequence.index,
+        text=sequence.text,
+        finish_reason=sequence.finish_reason,
+        logprobs=logprobs_of(sequence.tokens, tokenizer),
+        truncated_tokens=truncated_tokens,
+    )
+
+
+def logprobs_of(tokens: list[TokenOut], tokenizer: Tokenizer) -> Logprobs | None:
+    """The table of log-probabilities; None where none were asked for."""
+    if not tokens or tokens[0].sampled.logprob is None:
+        return None
+    return Logprobs(
+        tokens=[tokenizer.token_text(token.token_id) for token in tokens],
+        token_ids=[token.token_id for token in tokens],
+        token_logprobs=[token.sampled.logprob or 0.0 for token in tokens],
+        top_logprobs=[
+            [
+                TopLogprob(token=tokenizer.token_text(token_id), token_id=token_id, logprob=logprob)
+                for token_id, logprob in token.sampled.top
+            ]
+            for token in tokens
+        ],
+    )

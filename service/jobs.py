@@ -1,0 +1,119 @@
+"""One client request inside the engine: its sequences, its clock times, and the channel its events travel
+on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Literal
+
+from models.contract import ServedModel
+from service.errors import ApiError
+from service.sequences import Sequence, TokenOut
+
+Stage = Literal["queued", "running"]
+Event = TokenOut | ApiError | None
+"""A token, the error that ended the request, or None: all its sequences are complete."""
+
+
+class Channel:
+    """Events from the engine thread to the event loop that created it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, events: Items[Event]) -> None:
+        """From any thread. A loop that is gone has nobody to tell."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._put_all, events)
+
+    def _put_all(self, events: Items[Event]) -> None:
+        for event in events:
+            self._events.put_nowait(event)
+
+    async def next(self) -> TokenOut | None:
+        """The next token; None where the request is complete. ApiError where it failed."""
+        event = await self._events.get()
+        if isinstance(event, ApiError):
+            raise event
+        return event
+
+
+@dataclass
+class Times:
+    """Seconds on the engine's monotonic clock."""
+
+    arrival: float
+    submitted: float = 0.0
+    first_step: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    ended: float | None = None
+    token_gaps: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Memory:
+    """What the request held at its high-water mark, where its steps can say: the largest step must have been
+    measured and been its own."""
+
+    estimated_bytes: int = 0
+    exact_bytes: int = 0
+    _peak: int = 0
+    _measured_tokens: int = 0
+    _largest_tokens: int = 0
+    _shared: bool = False
+
+    def note(self, tokens: int, peak_bytes: int | None, *, shared: bool) -> None:
+        self._shared = self._shared or shared
+        self._largest_tokens = max(self._largest_tokens, tokens)
+        if peak_bytes is not None and not shared:
+            self._measured_tokens = max(self._measured_tokens, tokens)
+            self._peak = max(self._peak, peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        known = not self._shared and self._measured_tokens >= self._largest_tokens > 0
+        return self._peak if known else None
+
+
+@dataclass(eq=False)
+class Job:
+    """``stream`` sends tokens as they come; without it only the end is told."""
+
+    id: str
+    model: ServedModel
+    sequences: Items[Sequence]
+    channel: Channel
+    times: Times
+    memory: Memory = field(default_factory=Memory)
+    stream: bool = False
+    deadline: float | None = None
+    queue_deadline: float | None = None
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    """Wake-ups at the deadlines, belonging to the event loop."""
+    batch_requests: int = 0
+    batch_tokens: int = 0
+    ended: bool = False
+    error: ApiError | None = None
+
+    @property
+    def stage(self) -> Stage:
+        return "queued" if self.times.first_step is None else "running"
+
+    @property
+    def complete(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(sequence.state.held_bytes for sequence in self.sequences if sequence.state is not None)
+
+    def note_token(self, now: float) -> None:
+        if self.times.first_token is None:
+            self.times.first_token = now
+        elif self.times.last_token is not None and len(self.sequences) == 1:
+            self.times.token_gaps.append(now - self.times.last_token)
+        self.times.last_token = now

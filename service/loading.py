@@ -1,0 +1,122 @@
+"""Loading the models while the port is already open, and one small step on each before the server is
+ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from models.contract import ModelError, ServedModel
+from service.attention import exact_choice
+from service.errors import ApiError
+from service.jobs import Channel, Job, Times
+from service.logs import log_failure
+from service.runtime import Runtime
+from service.sampling import SamplingParams
+from service.sequences import EncodeSequence, Ending, GenerateSequence, Sequence
+from service.settings import Settings, parse_model
+
+T = TypeVar("T")
+_log = logging.getLogger("longreach.loading")
+WARM_UP_TOKENS = 16
+
+
+def say(line: str) -> None:
+    """A line for the person who started the server."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def load_models(settings: Settings, progress: Callable[[str], None] = say) -> dict[str, ServedModel]:
+    """Every model that the settings name, else those of the profile. ModelError says which failed and why."""
+    from models.catalogue import PROFILES
+    from models.files import default_cache_dir
+    from models.loader import load_model
+
+    if settings.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    named = [parse_model(item) for item in settings.models or PROFILES[settings.profile]]
+    return {
+        name: load_model(
+            name,
+            source,
+            device=settings.device,
+            dtype=settings.dtype,
+            cache_dir=settings.cache_dir or default_cache_dir(),
+            fetch_source=settings.source,
+            progress=progress,
+        )
+        for name, source in named
+    }
+
+
+async def start(runtime: Runtime, load: Callable[[Settings], dict[str, ServedModel]] = load_models) -> None:
+    """Load, warm up, be ready; or note in the runtime why not, for the server to say and stop."""
+    try:
+        models = await in_daemon_thread(lambda: load(runtime.settings))
+        runtime.add_models(models)
+        for model in models.values():
+            await warm_up(runtime, model)
+    except (ModelError, ApiError) as error:
+        _fail(runtime, str(error))
+    except Exception as error:
+        log_failure(_log, "loading the models failed", error)
+        _fail(runtime, f"loading the models failed: {type(error).__name__}: {error}")
+    if runtime.phase == "loading":
+        runtime.set_phase("ready")
+        say(f"ready: {', '.join(runtime.models)}")
+
+
+def _fail(runtime: Runtime, why: str) -> None:
+    """A server that is told to stop while it loads has not failed."""
+    if runtime.phase == "loading":
+        runtime.failure = why
+        runtime.set_phase("failed")
+
+
+async def warm_up(runtime: Runtime, model: ServedModel) -> None:
+    """One short input through the engine, so that the first request does not pay for first use."""
+    ids = [i % model.tokenizer.vocab_size for i in range(min(WARM_UP_TOKENS, model.info.max_tokens - 1))]
+    sequence = _sequence(model, ids)
+    job = Job(f"warm-up-{model.info.name}", model, [sequence], Channel(), Times(runtime.clock()))
+    sequence.estimated_bytes = model.estimate_bytes(len(ids), 1, sequence.choice, len(ids))
+    runtime.engine.submit(job)
+    await job.channel.next()
+
+
+def _sequence(model: ServedModel, ids: list[int]) -> Sequence:
+    if "encode" in model.info.tasks and not model.info.causal:
+        return EncodeSequence(0, ids, exact_choice(), chunkable=False, last_only=False)
+    ending = Ending(1, (), frozenset())
+    return GenerateSequence(0, ids, exact_choice(), exact_choice(), model.tokenizer, SamplingParams(), ending)
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """As ``asyncio.to_thread``, in a thread that does not keep a stopping process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="longreach-loader", daemon=True).start()
+    return await future

@@ -1,0 +1,205 @@
+"""Prometheus metrics in a registry of their own. All series of a model exist from the moment it is loaded.
+
+Labels take values from closed sets only: configured model names (else ``unknown``), backends of the
+registry (else ``none``), HTTP statuses of the table of errors. Params, ids and texts never become labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+from kernels.registry import BACKENDS
+from models.contract import ModelInfo, Task
+from service.errors import KINDS
+from service.record import OPERATIONS
+
+DURATION_S = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKENIZE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
+RATIO = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1)
+ESTIMATE_RATIO = (0.25, 0.5, 0.65, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
+LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+LENGTH_BUCKETS = (("<=512", 512), ("<=2k", 2048), ("<=8k", 8192), ("<=32k", 32_768), ("<=128k", 131_072))
+LONGEST = ">128k"
+REJECTIONS = (
+    "queue_full",
+    "token_budget",
+    "memory",
+    "draining",
+    "loading",
+    "too_long",
+    "too_large",
+    "invalid",
+    "auth",
+)
+TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
+    "encode": ("encode", "embeddings"),
+    "generate": ("generate", "completions", "chat"),
+    "score": ("score",),
+}
+_REASON_OF_CODE = {
+    "queue_full": "queue_full",
+    "token_budget_exhausted": "token_budget",
+    "never_fits_memory": "memory",
+    "draining": "draining",
+    "loading": "loading",
+    "context_length_exceeded": "too_long",
+    "body_too_large": "too_large",
+    "invalid_api_key": "auth",
+}
+
+
+def length_bucket(tokens: int) -> str:
+    return next((name for name, limit in LENGTH_BUCKETS if tokens <= limit), LONGEST)
+
+
+def rejection_reason(code: str, status: int) -> str | None:
+    """Why a request was turned away; None where it was not (it ran, or its client left)."""
+    if code in _REASON_OF_CODE:
+        return _REASON_OF_CODE[code]
+    return "invalid" if 400 <= status < 500 and status != 499 else None
+
+
+class Metrics:
+    """Every metric of the service, one attribute each, named as in the exposition without ``longreach_``."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry(auto_describe=True)
+        ProcessCollector(namespace="longreach", registry=self.registry)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        by_length = ("model", "operation", "attention", "length_bucket")
+        by_operation = ("model", "operation")
+        by_attention = ("model", "attention")
+
+        self.requests = counter("requests", "Requests answered.", "model", "operation", "attention", "code")
+        self.rejected = counter("requests_rejected", "Requests turned away.", "operation", "reason")
+        self.cancelled = counter("requests_cancelled", "Requests whose client left.", "operation", "stage")
+        self.deadline_exceeded = counter(
+            "deadline_exceeded", "Requests past their deadline.", "operation", "stage"
+        )
+        self.request_duration = histogram(
+            "request_duration_seconds", "Arrival to answer.", DURATION_S, *by_length
+        )
+        self.inference = histogram("inference_seconds", "First step to last.", DURATION_S, *by_length)
+        self.queue = histogram("queue_seconds", "Submission to first step.", DURATION_S, *by_operation)
+        self.tokenize = histogram("tokenize_seconds", "Tokenising the input.", TOKENIZE_S, *by_operation)
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "Arrival to token.", DURATION_S, *by_attention
+        )
+        self.inter_token = histogram("inter_token_seconds", "Between two tokens.", STEP_S, *by_attention)
+        self.input_tokens = histogram("input_tokens", "Prompt tokens of a request.", TOKENS, *by_operation)
+        self.output_tokens = histogram("output_tokens", "Tokens generated.", TOKENS, *by_operation)
+        self.batch_requests = histogram("batch_requests", "Requests in one step.", REQUESTS, "model")
+        self.batch_tokens = histogram("batch_tokens", "Tokens in one step.", TOKENS, "model")
+        self.step = histogram("step_seconds", "One engine step.", STEP_S, "model")
+        self.queue_depth = gauge("queue_depth", "Requests waiting.", "model")
+        self.queue_tokens = gauge("queue_tokens", "Prompt tokens waiting.", "model")
+        self.running_requests = gauge("running_requests", "Requests running.", "model")
+        self.truncated_inputs = counter("truncated_inputs", "Inputs cut on request.", "model")
+        self.truncated_tokens = counter("truncated_tokens", "Tokens cut on request.", "model")
+        self.density = histogram("attention_density_ratio", "Share of pairs kept.", RATIO, *by_attention)
+        self.fallback = counter(
+            "attention_fallback", "Permitted substitutions.", "requested", "used", "reason"
+        )
+        self.memory_reserved = gauge("memory_reserved_bytes", "Bytes admitted requests may hold.", "device")
+        self.memory_limit = gauge("memory_limit_bytes", "Bytes requests may hold.", "device")
+        self.memory_estimate = histogram(
+            "memory_estimate_ratio", "Estimated over measured peak.", ESTIMATE_RATIO, *by_attention
+        )
+        self.model_info = gauge("model_info", "1.", "model", "source", "architecture", "dtype", "device")
+        self.build_info = gauge("build_info", "1.", "version", "torch", "transformers", "python")
+        self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes.", LAG_S)
+        self.ready = gauge("ready", "1 where requests are taken.")
+        self.draining = gauge("draining", "1 while shutting down.")
+        self._create_common()
+
+    def add_model(self, info: ModelInfo, backends: Iterable[str]) -> None:
+        """Create every series of a model: its operations, the backends it supports, the lengths it can
+        have."""
+        used = list(backends)
+        operations = [operation for task in info.tasks for operation in TASK_OPERATIONS[task]]
+        self._create_model(info.name, operations, used, _buckets_up_to(info.max_tokens))
+        self.model_info.labels(info.name, info.source, info.architecture, info.dtype, info.device).set(1)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition in the format that ``accept`` asks for, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _create_common(self) -> None:
+        build = (version("longreach"), version("torch"), version("transformers"), platform.python_version())
+        self.build_info.labels(*build).set(1)
+        self.ready.set(0)
+        self.draining.set(0)
+        for operation in OPERATIONS.values():
+            for reason in REJECTIONS:
+                self.rejected.labels(operation, reason)
+            for stage in ("queued", "running", "streaming"):
+                self.cancelled.labels(operation, stage)
+            for stage in ("queued", "running"):
+                self.deadline_exceeded.labels(operation, stage)
+            for code in _codes():
+                self.requests.labels("unknown", operation, "none", code)
+        for requested in BACKENDS:
+            if requested != "exact":
+                self.fallback.labels(requested, "exact", "unsupported")
+
+    def _create_model(
+        self, model: str, operations: list[str], backends: list[str], lengths: list[str]
+    ) -> None:
+        for operation in operations:
+            for by_operation in (self.queue, self.tokenize, self.input_tokens, self.output_tokens):
+                by_operation.labels(model, operation)
+            for attention, code in itertools.product([*backends, "none"], _codes()):
+                self.requests.labels(model, operation, attention, code)
+            for attention, length in itertools.product(backends, lengths):
+                self.request_duration.labels(model, operation, attention, length)
+                self.inference.labels(model, operation, attention, length)
+        for attention in backends:
+            for by_attention in (self.first_token, self.inter_token, self.density, self.memory_estimate):
+                by_attention.labels(model, attention)
+        for by_model in (self.batch_requests, self.batch_tokens, self.step):
+            by_model.labels(model)
+        for gauge in (self.queue_depth, self.queue_tokens, self.running_requests):
+            gauge.labels(model).set(0)
+        for counter in (self.truncated_inputs, self.truncated_tokens):
+            counter.labels(model)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="longreach", registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="longreach", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace="longreach", registry=self.registry, buckets=buckets)
+
+
+def _codes() -> list[str]:
+    return ["200", *sorted({str(kind.status) for kind in KINDS.values()})]
+
+
+def _buckets_up_to(max_tokens: int) -> list[str]:
+    last = length_bucket(max_tokens)
+    names = [name for name, _ in LENGTH_BUCKETS] + [LONGEST]
+    return names[: names.index(last) + 1]

@@ -1,0 +1,79 @@
+"""What one finished request leaves behind: its counters and one line in the access log."""
+
+from __future__ import annotations
+
+import logging
+
+from service.jobs import Job
+from service.metrics import length_bucket, rejection_reason
+from service.record import Record
+from service.runtime import Runtime
+
+log = logging.getLogger("longreach.access")
+
+_PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+
+
+def report(runtime: Runtime, record: Record, now: float) -> None:
+    """Called once per request, whatever became of it."""
+    if record.disconnected and record.error_code is None and record.status != 200:
+        record.error_code = "client_closed_request"
+    status = 499 if record.error_code == "client_closed_request" else record.status or 500
+    _count(runtime, record, status, now)
+    fields = {
+        "request_id": record.request_id,
+        "method": record.method,
+        "path": record.path[:200],
+        "status": status,
+        "duration_ms": round((now - record.started) * 1e3, 1),
+    }
+    if record.operation is not None:
+        fields |= {"model": record.model, "attention": record.attention}
+        fields |= {"input_tokens": record.input_tokens, "output_tokens": record.output_tokens}
+    if record.error_code is not None:
+        fields["error"] = record.error_code
+    log.log(logging.DEBUG if record.path in _PROBES else logging.INFO, "request", extra={"fields": fields})
+
+
+def _count(runtime: Runtime, record: Record, status: int, now: float) -> None:
+    operation, metrics = record.operation, runtime.metrics
+    if operation is None:
+        return
+    metrics.requests.labels(record.model, operation, record.attention, str(status)).inc()
+    if record.error_code is not None:
+        _count_error(runtime, record, operation, record.error_code, status)
+    if record.computed:
+        labels = (record.model, operation, record.attention, length_bucket(record.input_tokens))
+        metrics.request_duration.labels(*labels).observe(now - record.started)
+        metrics.inference.labels(*labels).observe(record.inference_s)
+
+
+def _count_error(runtime: Runtime, record: Record, operation: str, code: str, status: int) -> None:
+    metrics = runtime.metrics
+    if code == "client_closed_request":
+        stage = "streaming" if record.streaming else record.error_stage or "queued"
+        metrics.cancelled.labels(operation, stage).inc()
+    elif code == "deadline_exceeded":
+        metrics.deadline_exceeded.labels(operation, record.error_stage or "queued").inc()
+    elif (reason := rejection_reason(code, status)) is not None:
+        metrics.rejected.labels(operation, reason).inc()
+
+
+def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
+    """The histograms of a request that ran to its end. ``record`` knows its attention and operation."""
+    metrics, model, operation, times = runtime.metrics, record.model, record.operation, job.times
+    if operation is None:
+        return
+    metrics.queue.labels(model, operation).observe(record.queue_s)
+    metrics.tokenize.labels(model, operation).observe(record.tokenize_s)
+    metrics.input_tokens.labels(model, operation).observe(record.input_tokens)
+    if times.first_token is not None:
+        metrics.output_tokens.labels(model, operation).observe(record.output_tokens)
+        metrics.first_token.labels(model, record.attention).observe(times.first_token - times.arrival)
+        for gap in times.token_gaps:
+            metrics.inter_token.labels(model, record.attention).observe(gap)
+    if record.density is not None:
+        metrics.density.labels(model, record.attention).observe(record.density)
+    peak = job.memory.peak_bytes
+    if peak:
+        metrics.memory_estimate.labels(model, record.attention).observe(job.memory.estimated_bytes / peak)

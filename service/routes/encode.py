@@ -1,0 +1,172 @@
+"""POST /v1/encode: embeddings of texts, each its own sequence, batched by the engine."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from models.contract import ServedModel
+from service.answers import (
+    Attended,
+    ChunkEmbedding,
+    Embedding,
+    EncodeAnswer,
+    attention_of,
+    stats_of,
+    usage_of,
+)
+from service.attention import choose, parse
+from service.errors import ApiError, invalid
+from service.flow import Flow
+from service.inputs import Reading, Tokens
+from service.jobs import Job
+from service.pooling import Chunk, check_chunking, chunks_of, finish, pool
+from service.problems import documented
+from service.routes.common import RUN_ERRORS, native_inputs
+from service.schemas import EncodeRequest
+from service.sequences import EncodeSequence
+
+router = APIRouter(tags=["native"])
+
+
+@router.post(
+    "/v1/encode", response_model=EncodeAnswer, responses=documented(*RUN_ERRORS), summary="Embed texts"
+)
+async def encode(body: EncodeRequest, request: Request) -> Response:
+    flow = Flow(request)
+    model = flow.begin(body.model, "encode")
+    pooling = check_options(body, model)
+    attended = Attended.one(choose(parse(body.attention), model))
+    sources, many = native_inputs(body.input, "input", flow.runtime.settings.max_batch_inputs)
+    reading = Reading(
+        model, flow.runtime.settings, model.info.max_tokens, body.truncate, prefix_of(body, model)
+    )
+    inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many))
+    chunks = [plan_chunks(tokens, body, i) for i, tokens in enumerate(inputs)]
+    check_size(inputs, chunks, pooling, model, flow.runtime.settings.max_output_values)
+    job, sequences = encode_job(flow, "enc_", model, inputs, attended, pooling, body)
+    await flow.run(job)
+    count_truncation(flow, inputs)
+    used = sum(len(tokens.token_ids) for tokens in inputs)
+
+    def render() -> list[Embedding]:
+        parts = zip(inputs, sequences, chunks, strict=True)
+        return [embedding_of(i, *part, pooling, body) for i, part in enumerate(parts)]
+
+    data = await flow.offload(render)
+    now = flow.finish(job, attended, input_tokens=used)
+    answer = EncodeAnswer(
+        id=job.id,
+        model=model.info.name,
+        data=data,
+        usage=usage_of(flow.record),
+        attention=attention_of(job, attended),
+        stats=stats_of(job, flow.record, now),
+    )
+    values = used * model.info.embedding_dim if pooling == "none" else len(data) * model.info.embedding_dim
+    return await flow.respond(answer, values, exclude=None if body.include_stats else {"stats"})
+
+
+def check_options(body: EncodeRequest, model: ServedModel) -> str:
+    """The pooling to use; 400 where options contradict each other or the model."""
+    info = model.info
+    pooling = body.pooling or info.pooling or ("last" if info.causal else "mean")
+    if pooling == "cls" and info.causal:
+        raise invalid(
+            "pooling 'cls' means nothing on a causal model: its first token sees only itself", "pooling"
+        )
+    if body.dimensions is not None and body.dimensions > info.embedding_dim:
+        detail = f"dimensions must be at most {info.embedding_dim}, the width of model {info.name!r}"
+        raise invalid(detail, "dimensions", le=info.embedding_dim)
+    if body.late_chunking is not None:
+        check_chunking(body.late_chunking)
+        if pooling != "mean":
+            raise invalid("late_chunking needs mean pooling: ask for 'pooling': 'mean'", "late_chunking")
+    return pooling
+
+
+def prefix_of(body: EncodeRequest, model: ServedModel) -> str:
+    """The model's prefix for ``input_type``, which alone adds one."""
+    if body.input_type is None:
+        return ""
+    prompts = model.info.prompts
+    if body.input_type not in prompts:
+        known = ", ".join(sorted(prompts)) or "none"
+        raise invalid(
+            f"model {model.info.name!r} has no prefix for this input_type; it has: {known}", "input_type"
+        )
+    return prompts[body.input_type]
+
+
+def plan_chunks(tokens: Tokens, body: EncodeRequest, index: int) -> list[Chunk] | None:
+    return None if body.late_chunking is None else chunks_of(tokens, body.late_chunking, f"input[{index}]")
+
+
+def check_size(
+    inputs: list[Tokens], chunks: list[list[Chunk] | None], pooling: str, model: ServedModel, limit: int
+) -> None:
+    """Refuse answers of more numbers than ``max_output_values`` before anything runs."""
+    vectors = sum(len(tokens.token_ids) if pooling == "none" else 1 for tokens in inputs)
+    vectors += sum(len(part or ()) for part in chunks)
+    values = vectors * model.info.embedding_dim
+    if values > limit:
+        detail = f"the answer would hold {values:,} numbers; the limit is {limit:,} (max_output_values)"
+        param = "pooling" if pooling == "none" else "late_chunking"
+        raise ApiError(
+            "invalid_request", detail, param=param, limits={"max_output_values": limit, "values": values}
+        )
+
+
+def encode_job(
+    flow: Flow,
+    prefix: str,
+    model: ServedModel,
+    inputs: list[Tokens],
+    attended: Attended,
+    pooling: str,
+    body: EncodeRequest,
+) -> tuple[Job, list[EncodeSequence]]:
+    last_only = pooling == "last"
+    choice, chunkable = attended.prefill.choice, model.info.causal
+    sequences = [
+        EncodeSequence(i, tokens.token_ids, choice, chunkable=chunkable, last_only=last_only)
+        for i, tokens in enumerate(inputs)
+    ]
+    return flow.job(prefix, model, sequences, attended, timeout_ms=body.timeout_ms), sequences
+
+
+def count_truncation(flow: Flow, inputs: list[Tokens]) -> None:
+    cut = [tokens.truncated_tokens for tokens in inputs if tokens.truncated_tokens]
+    if cut:
+        flow.runtime.metrics.truncated_inputs.labels(flow.record.model).inc(len(cut))
+        flow.runtime.metrics.truncated_tokens.labels(flow.record.model).inc(sum(cut))
+
+
+def embedding_of(
+    index: int,
+    tokens: Tokens,
+    sequence: EncodeSequence,
+    chunks: list[Chunk] | None,
+    pooling: str,
+    body: EncodeRequest,
+) -> Embedding:
+    hidden = sequence.hidden
+    parts = None
+    if chunks is not None:
+        parts = [
+            ChunkEmbedding(
+                token_range=list(chunk.token_range),
+                char_range=list(chunk.char_range) if chunk.char_range else None,
+                embedding=finish(
+                    pool(hidden[slice(*chunk.token_range)], "mean"), body.dimensions, body.normalize
+                ),
+            )
+            for chunk in chunks
+        ]
+    return Embedding(
+        index=index,
+        embedding=finish(pool(hidden, pooling), body.dimensions, body.normalize),
+        tokens=len(tokens.token_ids),
+        truncated_tokens=tokens.truncated_tokens,
+        chunks=parts,
+    )

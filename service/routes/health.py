@@ -1,0 +1,67 @@
+"""Probes and metrics. Liveness is not readiness: a server that loads, drains or is full is alive but not
+ready."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from service.errors import ApiError
+from service.flow import Flow
+from service.problems import documented
+from service.runtime import Runtime
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    status: str
+
+
+@router.get(
+    "/livez", response_model=Health, responses=documented("engine_unhealthy"), summary="Is the process alive?"
+)
+async def livez(request: Request) -> Health:
+    runtime: Runtime = request.app.state.runtime
+    if not runtime.engine.healthy and runtime.phase != "draining":
+        raise ApiError("engine_unhealthy", "The engine thread has stopped; restart the server.")
+    return Health(status="ok")
+
+
+@router.get("/readyz", response_model=Health, responses=documented("loading", "draining", "queue_full"))
+async def readyz(request: Request) -> Response:
+    """Does it take work now? 503 while loading, draining, or full."""
+    runtime: Runtime = request.app.state.runtime
+    try:
+        runtime.check_open()
+    except ApiError as error:
+        if error.status != 429:
+            raise
+        return JSONResponse({"status": "saturated"}, status_code=503, headers=error.headers())
+    return JSONResponse({"status": "ok"})
+
+
+@router.get(
+    "/health", response_model=Health, responses=documented("loading", "draining"), summary="As /readyz"
+)
+async def health(request: Request) -> Response:
+    return await readyz(request)
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented()},
+)
+async def metrics(request: Request) -> Response:
+    flow = Flow(request)
+    runtime = flow.runtime
+    accept = request.headers.get("accept", "")
+
+    def render() -> tuple[bytes, str]:
+        runtime.refresh_gauges()
+        return runtime.metrics.render(accept)
+
+    content, content_type = await flow.offload(render)
+    return Response(content, headers={"content-type": content_type})
