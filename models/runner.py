@@ -18,7 +18,7 @@ from models.rotary import sequence_lengths
 from models.seam import NAME, Member, Step, in_groups
 
 
-class Sequence_:
+class SequenceCache:
     """One sequence's state: tokens read so far and, for decoders, its cache."""
 
     def __init__(self, capacity: int, cache: Cache | None) -> None:
@@ -75,7 +75,7 @@ class Model:
             )
         return reasons
 
-    def open(self, capacity: int) -> Sequence_:
+    def open(self, capacity: int) -> SequenceCache:
         """A new sequence with room for ``capacity`` tokens. ValueError beyond the model's limit."""
         if not 1 <= capacity <= self._info.max_tokens:
             raise ValueError(
@@ -84,8 +84,8 @@ class Model:
             )
         network = self._network
         if not network.plan.causal:
-            return Sequence_(capacity, None)
-        return Sequence_(capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device))
+            return SequenceCache(capacity, None)
+        return SequenceCache(capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device))
 
     def step(self, slices: Sequence[Slice]) -> StepResult:
         """One packed forward over the next tokens of many sequences.
@@ -108,8 +108,8 @@ class Model:
         return estimate_bytes(self._network.sizes, tokens, new_tokens, chunk_tokens)
 
 
-def _state(s: Slice) -> Sequence_:
-    assert isinstance(s.sequence, Sequence_), "a sequence opened by another model. This is a bug."
+def _state(s: Slice) -> SequenceCache:
+    assert isinstance(s.sequence, SequenceCache), "a sequence opened by another model. This is a bug."
     return s.sequence
 
 
@@ -123,7 +123,7 @@ def check(slices: Sequence[Slice], network: Network, max_tokens: int) -> None:
             raise ValueError(f"slice {index}: {reason}")
 
 
-def _refusal(s: Slice, state: Sequence_, network: Network, max_tokens: int) -> str | None:
+def _refusal(s: Slice, state: SequenceCache, network: Network, max_tokens: int) -> str | None:
     n, stop = len(s.token_ids), state.length + len(s.token_ids)
     if state.closed:
         return "its sequence is closed"

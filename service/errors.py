@@ -108,6 +108,8 @@ class ApiError(Exception):
             headers["retry-after-ms"] = str(math.ceil(self.retry_after_s * 1000))
         if self.code == "deadline_exceeded":
             headers["x-should-retry"] = "false"
+        if self.status == 408:
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

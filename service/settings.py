@@ -146,12 +146,12 @@ class Settings(BaseSettings):
 def parse_model(item: str) -> tuple[str, str]:
     """``NAME=PATH_OR_ID`` or a bare demo name -> (name, source)."""
     name, equals, source = item.partition("=")
-    if not equals:
-        name = source = item
-    if not MODEL_NAME.fullmatch(name) or not source:
-        raise ValueError(f"{item!r} is not NAME=PATH_OR_ID (letters, digits and ._@:/- in NAME)")
     if not equals and ("/" in item or item.startswith(".")):
         raise ValueError(f"{item!r} looks like a path or a hub id; give it a name: NAME={item}")
+    if not equals:
+        source = item
+    if not MODEL_NAME.fullmatch(name) or not source:
+        raise ValueError(f"{item!r} is not NAME=PATH_OR_ID (letters, digits and ._@:/- in NAME)")
     return name, source
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -13,7 +15,9 @@ from loadtests.checks import BadAnswer, check_answer
 from loadtests.documents import Library, length_classes, pick
 from loadtests.events import read_events
 from loadtests.report import Key, Outcome, Report, percentile
-from loadtests.server import Target
+from loadtests.run import Run
+from loadtests.server import Server, ServerProblem, Target, discover
+from tests.loadtests.stub_server import stub_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,3 +166,64 @@ def test_loading_the_locust_file_imports_none_of_the_servers_packages() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert process.stdout.strip() == "[]"
+
+
+EVERYTHING: dict[str, list[str]] = {
+    "endpoints": ["encode", "generate", "score"],
+    "models": [],
+    "backends": [],
+}
+
+
+def test_every_task_of_every_model_is_a_target_with_the_backends_it_can_run() -> None:
+    with stub_server() as stub:
+        targets = discover(Server(stub.url), "word " * 1000, **EVERYTHING)
+    assert [(each.endpoint, each.model, each.backends) for each in targets] == [
+        ("encode", "encoder", ("exact", "window")),
+        ("generate", "decoder", ("exact", "window", "sinks")),
+        ("score", "decoder", ("exact", "window", "sinks")),
+    ]
+    assert all(each.characters_per_token == pytest.approx(4, rel=0.02) for each in targets)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"backends": ["nonesuch"]}, "unknown backend 'nonesuch'; there are: exact, window, sinks, star"),
+        ({"models": ["nonesuch"]}, "unknown model 'nonesuch'; there are: encoder, decoder"),
+        ({"endpoints": ["chat"]}, "unknown endpoint 'chat'; there are: encode, generate, score"),
+        ({"backends": ["star"]}, "no model there serves that"),
+        ({"models": ["encoder"], "endpoints": ["score"]}, "no model there serves that"),
+    ],
+)
+def test_an_impossible_choice_is_refused(choice: dict[str, list[str]], words: str) -> None:
+    with stub_server() as stub, pytest.raises(ServerProblem, match=words):
+        discover(Server(stub.url), "text", **EVERYTHING | choice)
+
+
+def test_a_limit_that_leaves_no_document_is_refused() -> None:
+    options = argparse.Namespace(load_seed=0, max_new_tokens=32, max_input_tokens=3)
+    target = Target("score", "m", 4096, ("exact",), 4.0)
+    with pytest.raises(ServerProblem, match="at least 16"):
+        Run(options, Server("http://127.0.0.1"), [target], Library.from_samples())
+
+
+def test_a_generate_document_leaves_room_for_the_answer() -> None:
+    options = argparse.Namespace(load_seed=0, max_new_tokens=1000, max_input_tokens=0)
+    target = Target("generate", "m", 4096, ("exact",), 4.0)
+    run = Run(options, Server("http://127.0.0.1"), [target], Library.from_samples())
+    assert run.classes["generate", "m"][-1].max_tokens == 3096
+
+
+def test_a_server_that_is_still_loading_is_waited_for_and_then_given_up() -> None:
+    pauses: list[float] = []
+    with stub_server("loading") as stub, pytest.raises(ServerProblem, match="not ready after 0.05 s"):
+        Server(stub.url).wait_until_ready(0.05, lambda pause_s: (pauses.append(pause_s), sleep(0.02))[0])
+    assert pauses
+    with stub_server() as stub:
+        Server(stub.url).wait_until_ready(0)
+
+
+def test_a_server_that_speaks_something_else_is_named() -> None:
+    with stub_server() as stub, pytest.raises(ServerProblem, match="/nonesuch answered 404"):
+        Server(stub.url).call("/nonesuch")

@@ -1,4 +1,6 @@
-"""Servers over fake models: in-process for shapes and errors, on a loopback socket where a connection matters."""
+"""Servers over fake models: in-process for shapes and errors, on a loopback socket where a connection
+matters.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ import httpx2
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from tests.service.fake_model import FakeModel, decoder, encoder
 
 from service.app import create_app
 from service.runtime import Runtime
 from service.server import Server
 from service.settings import Settings, load_settings
+from tests.service.fake_model import FakeModel, decoder, encoder
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,9 @@ def serving(*models: FakeModel, **settings: Any) -> Iterator[Served]:
     app = create_app(make_settings(**settings), named)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
+    )
     server = Server(config, app.state.runtime)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="test-server")
     thread.start()

@@ -1,8 +1,9 @@
-"""A ``ServedModel`` without weights: a byte tokenizer, and outputs that are a hash of everything they may depend on.
+"""A ``ServedModel`` without weights: a byte tokenizer, and outputs that are a hash of everything they may
+depend on.
 
-The output of position i depends on the tokens read so far, one by one, and on the choice (backend, params, seed)
-under which each was read. Mixing up requests, choices, chunks or positions therefore changes the numbers, while
-chunking and batching as such do not.
+The output of position i depends on the tokens read so far, one by one, and on the choice (backend, params,
+seed) under which each was read. Mixing up requests, choices, chunks or positions therefore changes the
+numbers, while chunking and batching as such do not.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def numbers(digest: int, count: int) -> Tensor:
 
 @dataclass
 class FakeModel:
-    """Hooks: ``on_step`` sees every step (and may sleep, block or raise); ``poison`` is a token whose presence makes
-    the step raise ``poison_error``; ``script`` makes generation say a fixed text."""
+    """Hooks: ``on_step`` sees every step (and may sleep, block or raise); ``poison`` is a token whose
+    presence makes the step raise ``poison_error``; ``script`` makes generation say a fixed text.
+    """
 
     info: ModelInfo
     tokenizer: ByteTokenizer
@@ -187,7 +189,9 @@ class FakeModel:
         if part.want == "scores":
             assert len(part.targets) == len(part.token_ids)
             rows = torch.stack([numbers(d, VOCAB) for d in digests]).log_softmax(-1)
-            return SliceResult(work, scores=rows.gather(1, torch.tensor(part.targets).unsqueeze(1)).squeeze(1))
+            return SliceResult(
+                work, scores=rows.gather(1, torch.tensor(part.targets).unsqueeze(1)).squeeze(1)
+            )
         return SliceResult(work)
 
     def _logits(self, state: FakeState) -> Tensor:
@@ -206,9 +210,10 @@ class FakeModel:
 
     def _work(self, part: Slice, length: int) -> Work:
         n = len(part.token_ids)
-        exact = sum(range(length - n + 1, length + 1)) if self.info.causal else length * length
-        kept = exact if part.choice.backend == "exact" else (exact + 1) // 2
-        return Work(kept, exact, kept + 1, float(kept), float(exact), 0.1, 0.2, "fake")
+        seen = range(length - n + 1, length + 1) if self.info.causal else [length] * n
+        exact = sum(seen)
+        kept = exact if part.choice.backend == "exact" else sum((row + 1) // 2 for row in seen)
+        return Work(kept, exact, kept + n, float(kept), float(exact), 0.1, 0.2, "fake")
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         factor = 2 if choice.backend == "exact" else 1

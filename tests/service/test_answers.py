@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+
 from tests.service.conftest import in_process
 from tests.service.fake_model import CLS, EOS, SEP, WIDTH, decoder, encoder
 
@@ -128,7 +129,9 @@ def test_prefill_and_decode_may_have_attentions_of_their_own(client: TestClient)
     assert used["used"] == "window" and used["params"]["window"] == 8 and used["density"] < 1
     assert used["decode"]["used"] == "exact" and used["decode"]["density"] == 1
     whole = post(client, "/v1/generate", {"prompt": "hello", "max_new_tokens": 3, "attention": "window"})
-    assert whole["choices"][0]["text"] != answer["choices"][0]["text"] and whole["attention"]["decode"] is None
+    assert (
+        whole["choices"][0]["text"] != answer["choices"][0]["text"] and whole["attention"]["decode"] is None
+    )
 
 
 def test_a_permitted_fallback_is_used_and_told() -> None:

@@ -118,7 +118,10 @@ def test_the_seed_of_an_attention_holds_its_bounds(client: TestClient, seed: Any
 def test_token_ids_are_checked_one_by_one_and_the_first_bad_one_is_named(client: TestClient) -> None:
     for bad in (-1, 260, True, 1.0, "1", HUGE, None):
         answer = client.post("/v1/encode", json={**ENCODE, "input": {"token_ids": [1, bad]}})
-        assert answer.status_code == 400 and answer.json()["param"] == "input.token_ids[1]", (bad, answer.text)
+        assert answer.status_code == 400 and answer.json()["param"] == "input.token_ids[1]", (
+            bad,
+            answer.text,
+        )
 
 
 def test_a_million_bad_ids_cost_one_complaint(client: TestClient) -> None:
@@ -138,5 +141,7 @@ def test_late_chunking_numbers_hold_their_bounds(client: TestClient) -> None:
 
 
 def test_text_that_looks_like_an_address_is_only_text(client: TestClient) -> None:
-    answer = client.post("/v1/encode", json={**ENCODE, "input": "http://127.0.0.1:1/x ![a](http://127.0.0.1:1/)"})
+    answer = client.post(
+        "/v1/encode", json={**ENCODE, "input": "http://127.0.0.1:1/x ![a](http://127.0.0.1:1/)"}
+    )
     assert answer.status_code == 200

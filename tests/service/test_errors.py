@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from tests.service.conftest import in_process
-from tests.service.fake_model import decoder, encoder, non_finite
 
 from service.errors import KINDS
+from tests.service.conftest import in_process
+from tests.service.fake_model import decoder, encoder, non_finite
 
 SECRET = "canary 7f3a: not a name"
 
@@ -41,7 +41,12 @@ def check(answer: Any, status: int, code: str, param: str | None = None) -> dict
         ("/v1/encode", {"input": "a", SECRET: 1}, "invalid_request", None),
         ("/v1/encode", {"input": {"token_ids": [1], "x": SECRET}}, "invalid_request", "input.x"),
         ("/v1/encode", {"input": ["a", 3]}, "invalid_request", "input[1]"),
-        ("/v1/encode", {"input": ["a", {"token_ids": [1, SECRET]}]}, "invalid_request", "input[1].token_ids[1]"),
+        (
+            "/v1/encode",
+            {"input": ["a", {"token_ids": [1, SECRET]}]},
+            "invalid_request",
+            "input[1].token_ids[1]",
+        ),
         ("/v1/encode", {"input": ""}, "empty_input", "input"),
         ("/v1/encode", {"input": []}, "empty_input", "input"),
         ("/v1/encode", {"input": ["a", ""]}, "empty_input", "input[1]"),
@@ -107,7 +112,10 @@ def check(answer: Any, status: int, code: str, param: str | None = None) -> dict
         ("/v1/generate", {"prompt": "a" * 1000, "max_new_tokens": 24}, "context_length_exceeded", "prompt"),
         (
             "/v1/generate",
-            {"prompt": "a", "attention": {"prefill": "exact", "decode": {"backend": "window", "params": {"w": 1}}}},
+            {
+                "prompt": "a",
+                "attention": {"prefill": "exact", "decode": {"backend": "window", "params": {"w": 1}}},
+            },
             "invalid_attention_params",
             "attention.decode.params.w",
         ),
@@ -118,7 +126,10 @@ def check(answer: Any, status: int, code: str, param: str | None = None) -> dict
         ("/v1/chat/completions", {"model": "dec", "messages": []}, "invalid_request", "messages"),
         (
             "/v1/chat/completions",
-            {"model": "dec", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": SECRET}]}]},
+            {
+                "model": "dec",
+                "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": SECRET}]}],
+            },
             "invalid_request",
             None,
         ),
@@ -138,7 +149,9 @@ def test_a_bad_request_is_told_what_is_wrong(
 
 
 def test_an_unknown_model_is_named_only_where_harmless(client: TestClient) -> None:
-    body = check(client.post("/v1/encode", json={"model": "nope", "input": "a"}), 404, "model_not_found", "model")
+    body = check(
+        client.post("/v1/encode", json={"model": "nope", "input": "a"}), 404, "model_not_found", "model"
+    )
     assert "'nope'" in body["detail"] and body["limits"]["known"] == ["enc", "dec"]
     odd = client.post("/v1/encode", json={"model": "<b>é", "input": "a"})
     assert "<b>" not in odd.text and odd.status_code == 404
@@ -179,7 +192,9 @@ def test_routes_and_methods_that_are_not_there(client: TestClient) -> None:
     ],
     ids=lambda raw: raw[:24].decode("latin-1") + str(len(raw)),
 )
-def test_bodies_that_json_or_unicode_cannot_hold_are_the_clients_fault(client: TestClient, raw: bytes) -> None:
+def test_bodies_that_json_or_unicode_cannot_hold_are_the_clients_fault(
+    client: TestClient, raw: bytes
+) -> None:
     answer = client.post("/v1/generate", content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["code"] in ("invalid_request", "attention_not_supported", "invalid_attention_params")
@@ -202,7 +217,9 @@ def test_openai_routes_refuse_what_json_cannot_hold(client: TestClient) -> None:
         {"content-type": "application/json", "content-encoding": "gzip"},
     ],
 )
-def test_other_media_types_and_compressed_bodies_are_refused(client: TestClient, headers: dict[str, str]) -> None:
+def test_other_media_types_and_compressed_bodies_are_refused(
+    client: TestClient, headers: dict[str, str]
+) -> None:
     check(client.post("/v1/encode", content=b'{"input":"a"}', headers=headers), 415, "unsupported_media_type")
 
 
@@ -242,13 +259,17 @@ def test_a_request_that_never_fits_in_memory_is_told_both_figures() -> None:
     with in_process(memory_limit_bytes=15_000) as client:
         sparse = {"model": "enc", "input": "a" * 10, "attention": "window"}
         assert client.post("/v1/encode", json=sparse).status_code == 200
-        body = check(client.post("/v1/encode", json={**sparse, "attention": "exact"}), 413, "never_fits_memory")
+        body = check(
+            client.post("/v1/encode", json={**sparse, "attention": "exact"}), 413, "never_fits_memory"
+        )
         assert body["limits"] == {
             "estimated_bytes": 24_000,
             "exact_bytes": 24_000,
             "memory_limit_bytes": 15_000,
         }
-        longer = check(client.post("/v1/encode", json={**sparse, "input": "a" * 16}), 413, "never_fits_memory")
+        longer = check(
+            client.post("/v1/encode", json={**sparse, "input": "a" * 16}), 413, "never_fits_memory"
+        )
         assert longer["limits"]["estimated_bytes"] == 18_000 and longer["limits"]["exact_bytes"] == 36_000
 
 
@@ -297,4 +318,7 @@ def test_a_model_without_chat_template_says_so() -> None:
 
     with in_process(decoder(tokenizer=ByteTokenizer((BOS,), chat=False))) as client:
         body = {"model": "dec", "messages": [{"role": "user", "content": "x"}]}
-        assert "no chat template" in check(client.post("/v1/chat/completions", json=body), 400, "invalid_request")["detail"]
+        assert (
+            "no chat template"
+            in check(client.post("/v1/chat/completions", json=body), 400, "invalid_request")["detail"]
+        )

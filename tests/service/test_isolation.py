@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
 from tests.service.conftest import Served, in_process, serving
 from tests.service.fake_model import decoder, encoder, slow
 
@@ -48,9 +49,14 @@ def test_32_concurrent_mixed_requests_answer_exactly_as_each_does_alone() -> Non
     with in_process(prefill_chunk_tokens=1024) as client:
         alone = [essence(client.post(path, json=body).json()) for path, body in requests]
     models = encoder(on_step=slow(0.002)), decoder(on_step=slow(0.002))
-    with serving(*models, step_tokens=512, prefill_chunk_tokens=128) as server, ThreadPoolExecutor(32) as pool:
+    with (
+        serving(*models, step_tokens=512, prefill_chunk_tokens=128) as server,
+        ThreadPoolExecutor(32) as pool,
+    ):
         together = list(pool.map(lambda request: server.post(*request).json(), requests))
-    assert max(answer["stats"]["batch_size"] for answer in together) > 1, "nothing ran together: nothing was tested"
+    assert max(answer["stats"]["batch_size"] for answer in together) > 1, (
+        "nothing ran together: nothing was tested"
+    )
     for expected, answer in zip(alone, together, strict=True):
         assert essence(answer) == expected
     assert all(not model.open_states for model in models), "every cache is freed"
@@ -65,7 +71,9 @@ def test_a_seed_gives_the_same_text_whatever_else_runs() -> None:
 
         def noise(i: int) -> None:
             while not stop.is_set():
-                server.post("/v1/generate", {"prompt": f"noise {i}", "max_new_tokens": 9, "temperature": 2, "seed": i})
+                server.post(
+                    "/v1/generate", {"prompt": f"noise {i}", "max_new_tokens": 9, "temperature": 2, "seed": i}
+                )
 
         with ThreadPoolExecutor(6) as pool:
             for i in range(6):

@@ -230,7 +230,9 @@ def test_retry_after_follows_the_measured_rate() -> None:
 def test_whatever_arrives_every_request_ends_within_its_limits(seed: int) -> None:
     """Random arrivals: budgets hold, memory holds, encoder inputs stay whole, everything finishes."""
     rng = random.Random(seed)
-    bounds = limits(memory_bytes=60, step_tokens=rng.choice([64, 200, 512]), prefill_chunk_tokens=64, max_running=5)
+    bounds = limits(
+        memory_bytes=60, step_tokens=rng.choice([64, 200, 512]), prefill_chunk_tokens=64, max_running=5
+    )
     scheduler = Scheduler(bounds)
     left: dict[str, int] = {}
     decode_left: dict[int, int] = {}

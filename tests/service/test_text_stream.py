@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.service.fake_model import ByteTokenizer
 
 from service.text_stream import Detokeniser, StopFinder
+from tests.service.fake_model import ByteTokenizer
 
 
 def stream(data: bytes, stops: tuple[str, ...] = ()) -> tuple[list[str], bool]:
@@ -21,7 +21,9 @@ def stream(data: bytes, stops: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     return pieces, finder.stopped
 
 
-@pytest.mark.parametrize("text", ["plain", "żółw", "🐢🐢", "a\u0301e", "日本語 text", "", "\ufffd is a character too"])
+@pytest.mark.parametrize(
+    "text", ["plain", "żółw", "🐢🐢", "a\u0301e", "日本語 text", "", "\ufffd is a character too"]
+)
 def test_pieces_concatenate_to_the_text(text: str) -> None:
     pieces, _ = stream(text.encode())
     assert "".join(pieces) == text
@@ -57,7 +59,9 @@ def test_text_ends_before_the_first_stop(text: str, stops: tuple[str, ...], expe
 def test_no_stop_is_ever_shown_and_nothing_else_is_lost(seed: int) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choice("abż") for _ in range(60))
-    stops = tuple("".join(rng.choice("abż") for _ in range(rng.randint(2, 5))) for _ in range(rng.randint(1, 4)))
+    stops = tuple(
+        "".join(rng.choice("abż") for _ in range(rng.randint(2, 5))) for _ in range(rng.randint(1, 4))
+    )
     pieces, stopped = stream(text.encode(), stops)
     shown = "".join(pieces)
     assert text.startswith(shown) and not any(stop in shown for stop in stops)

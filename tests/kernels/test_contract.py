@@ -1,0 +1,305 @@
+"""What every backend promises, over the whole registry."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import attend, attend_packed, backend_names
+from kernels.contract import Segment
+from tests.kernels.kernel_cases import CASES, Case, both_directions, every_case, make_inputs, scale_of
+from tests.kernels.kernel_oracle import dense_mask, softmax_attention
+
+HEADS = [(4, 4), (6, 2), (3, 1)]
+PLACES = [
+    (1, 1, 0),
+    (2, 2, 0),
+    (63, 63, 0),
+    (1, 300, 299),
+    (500, 500, 0),
+    (130, 333, 133),
+    (63, 700, 637),
+    (2, 129, 127),
+]
+"""(N, M, start): prefill, decode, chunked prefill, and a query tile with keys after it."""
+
+
+def test_cases_cover_every_backend_of_the_registry() -> None:
+    assert {name for name, _ in CASES} == set(backend_names())
+
+
+@every_case
+@both_directions
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_output_lse_and_pair_counts_equal_masked_softmax(case: Case, causal: bool, impl: Any) -> None:
+    backend, params = case
+    for number, (N, M, start) in enumerate(PLACES):
+        heads, D = HEADS[number % 3], (60, 64)[number % 2]
+        q, k, v = make_inputs(1 + number % 2, heads, N, M, D, seed=number)
+        where: dict[str, Any] = {"layer": number % 3, "seed": number * 17}
+        got = attend(
+            q,
+            k,
+            v,
+            backend=backend,
+            params=params,
+            causal=causal,
+            scale=scale_of(q),
+            start=start,
+            impl=impl,
+            **where,
+        )
+        mask = dense_mask(
+            backend, params, heads=heads, num_rows=N, num_keys=M, start=start, causal=causal, **where
+        )
+        out, lse = softmax_attention(q.numpy(), k.numpy(), v.numpy(), mask, scale_of(q))
+        np.testing.assert_allclose(got.out.numpy(), out, atol=2e-5, err_msg=f"out at {N, M, start}")
+        assert got.lse is not None
+        np.testing.assert_allclose(got.lse.numpy(), lse, atol=2e-5, err_msg=f"lse at {N, M, start}")
+        assert got.stats.pairs_kept == q.shape[0] * int(mask.sum())
+        assert got.stats.pairs_kept <= got.stats.pairs_computed
+        assert got.stats.impl == impl
+
+
+@every_case
+@both_directions
+def test_fp64_agrees_tightly_and_narrow_types_within_their_rounding(case: Case, causal: bool) -> None:
+    backend, params = case
+    mask = dense_mask(backend, params, heads=(6, 2), num_rows=150, num_keys=290, start=140, causal=causal)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        q, k, v = make_inputs(1, (6, 2), 150, 290, 64, dtype=dtype)
+        got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q))
+        wide = (x.double().numpy() for x in (q, k, v))
+        out, _ = softmax_attention(*wide, mask, scale_of(q))
+        assert got.out.dtype == dtype
+        assert got.lse is not None and got.lse.dtype == torch.float32
+        np.testing.assert_allclose(got.out.double().numpy(), out, atol=tolerance)
+
+
+@every_case
+@both_directions
+def test_values_may_be_wider_or_narrower_than_keys(case: Case, causal: bool) -> None:
+    backend, params = case
+    for Dv in (24, 96):
+        q, k, v = make_inputs(2, (6, 2), 140, 140, 48, Dv)
+        fast, slow = (
+            attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q), impl=impl)
+            for impl in ("torch", "reference")
+        )
+        assert fast.out.shape == (2, 6, 140, Dv)
+        torch.testing.assert_close(fast.out, slow.out, atol=2e-5, rtol=0)
+
+
+@every_case
+@both_directions
+def test_a_prefill_in_chunks_equals_the_whole_prefill(case: Case, causal: bool) -> None:
+    """Causal chunks see the keys so far; bidirectional query tiles see all of them."""
+    backend, params = case
+    q, k, v = make_inputs(1, (6, 2), 470, 470, 64)
+    common: dict[str, Any] = {
+        "backend": backend,
+        "params": params,
+        "causal": causal,
+        "scale": scale_of(q),
+        "seed": 5,
+    }
+    whole = attend(q, k, v, **common)
+    kept = 0
+    for a, b in ((0, 1), (1, 130), (130, 256), (256, 257), (257, 470)):
+        end = b if causal else 470
+        part = attend(q[:, :, a:b], k[:, :, :end], v[:, :, :end], start=a, **common)
+        torch.testing.assert_close(part.out, whole.out[:, :, a:b], atol=1e-5, rtol=0)
+        kept += part.stats.pairs_kept
+    assert kept == whole.stats.pairs_kept
+
+
+@every_case
+def test_decode_equals_the_last_rows_of_the_prefill(case: Case) -> None:
+    backend, params = case
+    for heads in HEADS:
+        q, k, v = make_inputs(2, heads, 300, 300, 60)
+        common: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": scale_of(q)}
+        whole = attend(q, k, v, **common)
+        for i in (0, 1, 126, 127, 128, 255, 256, 299):
+            step = attend(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], **common)
+            torch.testing.assert_close(step.out, whole.out[:, :, i : i + 1], atol=1e-5, rtol=0)
+            assert step.lse is not None and whole.lse is not None
+            torch.testing.assert_close(step.lse, whole.lse[:, :, i : i + 1], atol=1e-5, rtol=0)
+
+
+@every_case
+@both_directions
+def test_a_batch_equals_each_of_its_members_alone(case: Case, causal: bool) -> None:
+    backend, params = case
+    q, k, v = make_inputs(3, (6, 2), 200, 260, 64)
+    common: dict[str, Any] = {"backend": backend, "params": params, "causal": causal, "scale": scale_of(q)}
+    together = attend(q, k, v, **common)
+    for b in range(3):
+        alone = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], **common)
+        torch.testing.assert_close(together.out[b : b + 1], alone.out, atol=1e-6, rtol=0)
+        assert 3 * alone.stats.pairs_kept == together.stats.pairs_kept
+
+
+@every_case
+@both_directions
+def test_packed_sequences_equal_each_alone(case: Case, causal: bool) -> None:
+    backend, params = case
+    lengths = [(1, 77), (140, 140), (1, 1), (33, 190)]
+    q, _, _ = make_inputs(1, (6, 2), sum(n for n, _ in lengths), 1, 64)
+    segments, at = [], 0
+    for number, (n, m) in enumerate(lengths):
+        _, k, v = make_inputs(1, (6, 2), 1, m, 64, seed=number + 1)
+        segments.append(Segment(slice(at, at + n), k, v, start=m - n, seed=number))
+        at += n
+    common: dict[str, Any] = {
+        "backend": backend,
+        "params": params,
+        "causal": causal,
+        "scale": scale_of(q),
+        "layer": 1,
+    }
+    packed = attend_packed(q, segments, **common)
+    for segment, stats in zip(segments, packed.stats, strict=True):
+        alone = attend(
+            q[:, :, segment.rows], segment.k, segment.v, seed=segment.seed, start=segment.start, **common
+        )
+        torch.testing.assert_close(packed.out[:, :, segment.rows], alone.out, atol=1e-6, rtol=0)
+        assert stats.pairs_kept == alone.stats.pairs_kept
+
+
+@every_case
+@both_directions
+def test_uninitialised_memory_is_never_read(
+    case: Case, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, params = case
+    q, k, v = make_inputs(1, (6, 2), 320, 400, 64)
+    common: dict[str, Any] = {"backend": backend, "params": params, "causal": causal, "scale": scale_of(q)}
+    clean = [attend(q[:, :, -n:], k, v, **common) for n in (320, 1)]
+    _poison_empty(monkeypatch)
+    for want in clean:
+        got = attend(q[:, :, -want.out.shape[2] :], k, v, **common)
+        assert torch.equal(got.out, want.out)
+
+
+def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(1)
+
+    empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: filled(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: filled(empty_like(*a, **kw)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **kw: filled(new_empty(self, *a, **kw)))
+
+
+@every_case
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_poisoned_future_keys_do_not_touch_earlier_rows(case: Case, poison: float, where: str) -> None:
+    backend, params = case
+    for bad in (1, 64, 130, 299):
+        q, k, v = make_inputs(1, (6, 2), 300, 300, 64)
+        common: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": scale_of(q)}
+        want = attend(q, k, v, **common)
+        {"k": k, "v": v}[where][:, :, bad:] = poison
+        got = attend(q, k, v, **common)
+        torch.testing.assert_close(got.out[:, :, :bad], want.out[:, :, :bad], atol=1e-5, rtol=0)
+        assert not torch.isfinite(got.out[:, :, bad:]).all()
+
+
+@every_case
+@both_directions
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_poisoned_key_reaches_exactly_the_rows_that_keep_it(case: Case, causal: bool, where: str) -> None:
+    backend, params = case
+    mask = dense_mask(backend, params, heads=(6, 2), num_rows=300, num_keys=300, start=0, causal=causal)
+    for bad in (0, 127, 170):
+        q, k, v = make_inputs(1, (6, 2), 300, 300, 64)
+        {"k": k, "v": v}[where][:, :, bad] = math.nan
+        got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q))
+        spoiled = ~torch.isfinite(got.out[0]).all(-1)
+        np.testing.assert_array_equal(spoiled.numpy(), mask[:, :, bad])
+
+
+@every_case
+@both_directions
+def test_inputs_stay_untouched_and_need_not_be_contiguous(case: Case, causal: bool) -> None:
+    backend, params = case
+    q, k, v = make_inputs(2, (6, 2), 150, 170, 64)
+    common: dict[str, Any] = {"backend": backend, "params": params, "causal": causal, "scale": scale_of(q)}
+    before = [x.clone() for x in (q, k, v)]
+    want = attend(q, k, v, **common)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+    model_layout = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    odd_layout = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    cache = [torch.cat([x, torch.full_like(x, math.nan)], 2)[:, :, : x.shape[2]] for x in (q, k, v)]
+    for layout in (model_layout, odd_layout, cache):
+        torch.testing.assert_close(attend(*layout, **common).out, want.out, atol=1e-6, rtol=0)
+
+
+@every_case
+@both_directions
+def test_huge_logits_stay_finite(case: Case, causal: bool) -> None:
+    backend, params = case
+    for N, M in ((260, 260), (1, 260)):
+        q, k, v = make_inputs(1, (6, 2), N, M, 64)
+        got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=40.0)
+        want = attend(q, k, v, backend=backend, params=params, causal=causal, scale=40.0, impl="reference")
+        assert got.lse is not None and want.lse is not None and float(want.lse.max()) > 1e3
+        assert torch.isfinite(got.out).all() and torch.isfinite(got.lse).all()
+        torch.testing.assert_close(got.out, want.out, atol=2e-3, rtol=0)
+
+
+@every_case
+@both_directions
+def test_the_same_call_gives_the_same_bits(case: Case, causal: bool) -> None:
+    backend, params = case
+    q, k, v = make_inputs(1, (6, 2), 200, 200, 64)
+    common: dict[str, Any] = {
+        "backend": backend,
+        "params": params,
+        "causal": causal,
+        "scale": scale_of(q),
+        "seed": 3,
+    }
+    assert torch.equal(attend(q, k, v, **common).out, attend(q, k, v, **common).out)
+
+
+WIDE: list[Case] = [
+    ("window", {"window": 65536}),
+    ("window", {"window": 1, "global_tokens": 4096}),
+    ("sinks", {"sinks": 4096}),
+    ("star", {"window": 65536}),
+    ("strided", {"stride": 4096}),
+    ("fixed", {"stride": 4096}),
+    ("bigbird", {"window": 65536}),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case[0])
+@both_directions
+def test_a_pattern_that_covers_everything_is_exact(case: Case, causal: bool) -> None:
+    backend, params = case
+    q, k, v = make_inputs(1, (6, 2), 400, 400, 64)
+    got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q))
+    want = attend(q, k, v, backend="exact", causal=causal, scale=scale_of(q))
+    torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=0)
+    assert got.stats.density == 1.0
+
+
+@pytest.mark.parametrize("width", [600, 2000])
+@pytest.mark.parametrize("backend", ["window", "strided", "fixed", "star"])
+@both_directions
+def test_spans_wider_than_a_tile_are_cut_into_panels_without_loss(
+    backend: str, width: int, causal: bool
+) -> None:
+    params = {"stride": width} if backend in ("strided", "fixed") else {"window": width}
+    q, k, v = make_inputs(1, (2, 1), 2700, 2700, 16)
+    common: dict[str, Any] = {"backend": backend, "params": params, "causal": causal, "scale": scale_of(q)}
+    fast, slow = attend(q, k, v, **common), attend(q, k, v, impl="reference", **common)
+    torch.testing.assert_close(fast.out, slow.out, atol=1e-5, rtol=0)
+    assert fast.stats.pairs_kept == slow.stats.pairs_kept

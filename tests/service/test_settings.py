@@ -1,0 +1,155 @@
+"""Settings: flags, then environment, then file, then defaults; wrong ones are named with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service import cli
+from service.machine import memory_bytes
+from service.settings import ConfigError, Settings, flag_name, load_settings, parse_model
+
+
+def test_flags_win_over_environment_over_file_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "longreach.toml"
+    file.write_text('port = 1001\nhost = "10.0.0.1"\nmax_running = 7\nmodels = ["a=x"]\n')
+    monkeypatch.setenv("LONGREACH_CONFIG", str(file))
+    monkeypatch.setenv("LONGREACH_PORT", "1002")
+    monkeypatch.setenv("LONGREACH_MODELS", "b=y, smollm2-135m")
+    found = load_settings({"host": "10.0.0.3"})
+    assert (found.host, found.port, found.max_running, found.step_tokens) == ("10.0.0.3", 1002, 7, 1024)
+    assert found.models == ("b=y", "smollm2-135m")
+    assert load_settings({"port": 1003}).port == 1003
+    assert load_settings({}, config=str(file)).models == ("b=y", "smollm2-135m")
+    monkeypatch.delenv("LONGREACH_MODELS")
+    assert load_settings().models == ("a=x",)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().port = 1
+
+
+def test_every_setting_has_a_flag_whose_help_names_its_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in Settings.model_fields:
+        assert flag_name(name) in text and f"LONGREACH_{name.upper()}" in text, name
+
+
+def test_flags_reach_the_settings() -> None:
+    arguments = [
+        "serve",
+        "--model",
+        "a=x",
+        "--model",
+        "b=y",
+        "--port",
+        "9",
+        "--no-metrics-public",
+        "--profile",
+        "32k",
+    ]
+    found = cli.settings_of(cli.parser().parse_args(arguments))
+    assert found.models == ("a=x", "b=y") and found.port == 9
+    assert found.metrics_public is False and found.profile == "32k"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "70000"}, "port (--port, LONGREACH_PORT)"),
+        ({"port": "abc"}, "LONGREACH_PORT"),
+        ({"models": ["a=x", "a=y"]}, "given twice"),
+        ({"models": ["/some/path"]}, "NAME=/some/path"),
+        ({"models": ["=x"]}, "NAME=PATH_OR_ID"),
+        ({"device": "tpu"}, "--device"),
+        ({"prefill_chunk_tokens": 4096}, "must not exceed step_tokens"),
+        ({"max_running": 1024, "step_tokens": 512}, "must not exceed step_tokens"),
+        ({"api_key": "two words"}, "--api-key"),
+        ({"timeout_s": "nan"}, "--timeout-s"),
+        ({"drain_seconds": "-1"}, "--drain-seconds"),
+        ({"memory_limit_bytes": "0"}, "--memory-limit-bytes"),
+    ],
+)
+def test_wrong_settings_are_named(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(flags)
+    assert words in str(caught.value)
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings({}, config=str(tmp_path / "none.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("port = ")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings({}, config=str(broken))
+    broken.write_text("prot = 1")
+    with pytest.raises(ConfigError, match="unknown settings: prot"):
+        load_settings({}, config=str(broken))
+
+
+def test_the_key_shows_in_no_text_of_the_settings() -> None:
+    found = load_settings({"api_key": "s3cret"})
+    assert "s3cret" not in repr(found) and "s3cret" not in found.model_dump_json()
+
+
+def test_models_are_named_or_demo_models() -> None:
+    assert parse_model("a=b=c") == ("a", "b=c")
+    assert parse_model("smollm2-135m") == ("smollm2-135m", "smollm2-135m")
+    assert parse_model("m@v1=/x y/z") == ("m@v1", "/x y/z")
+
+
+def test_memory_is_what_the_machine_or_its_control_group_has() -> None:
+    assert 1 << 28 < memory_bytes("cpu") < 1 << 50
+    assert load_settings().memory_limit == memory_bytes("cpu") // 2
+    assert load_settings({"memory_limit_bytes": 5}).memory_limit == 5
+
+
+def test_the_other_kernels_distribution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    from service import server
+
+    class Found:
+        version = "0.19.0"
+
+    monkeypatch.setattr(server, "distribution", lambda name: Found())
+    with pytest.raises(ConfigError, match="pip uninstall kernels"):
+        server.refuse_other_kernels()
+
+    def none(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(server, "distribution", none)
+    server.refuse_other_kernels()
+
+
+def test_backends_models_and_version_print_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def output(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(list(arguments))
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    table = output("backends")
+    assert "BACKEND" in table and "bigbird" in table and "window=512" in table
+    models = output("models", "--cache-dir", str(tmp_path))
+    assert "smollm2-135m" in models and "nomic-embed-v1.5" in models and str(tmp_path) in models
+    assert output("version").startswith("longreach 0")
+
+
+def test_mistakes_on_the_command_line_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["serve", "--port", "x"], ["fetch", "no-such-model"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("longreach: error: ") and "Traceback" not in told
