@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models.contract import ModelError
 from models.kv_cache import LayerShape
-from models.seam import NAME, LayerPlan, MaskRequest, window_params
+from models.masks import read_mask
+from models.seam import NAME, LayerPlan, MaskRequest
 
 PROBE_TOKENS = 12
 
@@ -166,67 +167,6 @@ def _causal_and_window(
         raise ModelError(f"{name} declares a sliding window without asking for its mask")
     is_causal = extra.get("is_causal")
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal), None
-
-
-def read_mask(request: MaskRequest, name: str, max_tokens: int) -> tuple[bool, int | None]:
-    """(causal, window as the ``window`` backend counts it or None) of what transformers would have masked.
-
-    The predicate is evaluated at pairs around every boundary that a window could have and compared with the
-    four shapes that the kernels serve. A window that covers the model's whole context is none.
-    """
-    if request.padding is not None:
-        raise ModelError(f"{name} asks for a padding mask; a packed stream has no padding")
-    queries, keys = _pairs(request.window)
-    try:
-        zero = torch.zeros((), dtype=torch.long)
-        wanted = torch.as_tensor(request.allowed(zero, zero, queries, keys)).expand(queries.shape)
-    except Exception as error:
-        raise ModelError(f"{name} has a mask that depends on more than positions: {error}") from error
-    for (causal, window), allowed in _shapes(request.window, queries, keys):
-        if torch.equal(wanted, allowed):
-            return causal, _checked(window, name, max_tokens)
-    raise ModelError(
-        f"{name} has a mask that is neither causal nor bidirectional, with or without a sliding window "
-        "(prefix, chunked or block masks are not served)"
-    )
-
-
-def _pairs(window: int | None) -> tuple[Tensor, Tensor]:
-    w = window or 8
-    offsets = sorted({base + d for base in (0, w, -w, 2 * w, -2 * w) for d in (-2, -1, 0, 1, 2)})
-    rows = sorted({0, 1, 2, 7, w - 1, w, w + 1, 2 * w, 3 * w + 1, 5 * w})
-    pairs = [(i, i + d) for i in rows if i >= 0 for d in offsets if i + d >= 0]
-    queries, keys = zip(*pairs, strict=True)
-    return torch.tensor(queries), torch.tensor(keys)
-
-
-def _shapes(
-    window: int | None, queries: Tensor, keys: Tensor
-) -> list[tuple[tuple[bool, int | None], Tensor]]:
-    causal, distance = keys <= queries, (queries - keys).abs()
-    shapes: list[tuple[tuple[bool, int | None], Tensor]] = [
-        ((True, None), causal),
-        ((False, None), torch.ones_like(causal)),
-    ]
-    if window is not None:
-        shapes += [
-            ((True, window), causal & (distance < window)),
-            ((False, window), distance <= window),
-            ((False, window - 1), distance < window),
-        ]
-    return shapes
-
-
-def _checked(window: int | None, name: str, max_tokens: int) -> int | None:
-    if window is None or window >= max_tokens:
-        return None
-    try:
-        window_params(window)
-    except ValueError as error:
-        raise ModelError(
-            f"{name} has a sliding window of {window} that `window` cannot express: {error}"
-        ) from error
-    return window
 
 
 def body_arguments(body: nn.Module) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class Model:
         network = self._network
         if not network.plan.causal:
             return SequenceCache(capacity, None)
-        return SequenceCache(capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device))
+        return SequenceCache(
+            capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device)
+        )
 
     def step(self, slices: Sequence[Slice]) -> StepResult:
         """One packed forward over the next tokens of many sequences.

@@ -97,11 +97,13 @@ def parse_pair(raw: object, *, seed: int = 0) -> SpecPair:
     return SpecPair(spec, spec, split=False)
 
 
-def choose(spec: Spec, model: ServedModel) -> Chosen:
+def choose(spec: Spec, model: ServedModel, *, decodes: bool = False) -> Chosen:
     """The choice that ``model`` will run; 400 with every reason where it cannot and no fallback is
-    permitted."""
+    permitted. ``decodes`` where it will have to read single tokens after a prompt."""
     choice = Choice(spec.backend.name, spec.params, spec.seed)
-    reasons = model.unsupported(choice)
+    reasons = list(model.unsupported(choice))
+    if decodes and not spec.backend.capabilities.decode:
+        reasons.append("it cannot decode: choose another for 'decode' beside 'prefill'")
     if not reasons:
         return Chosen(spec.backend.name, choice)
     why = "; ".join(reasons)

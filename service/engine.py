@@ -14,8 +14,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from models.contract import ServedModel, Slice, SliceResult
-from models.errors import NonFiniteOutput
 from service.errors import ApiError, internal
+from service.failures import failure_of, refusal_of
 from service.jobs import Event, Job
 from service.logs import log_failure
 from service.scheduler import Entry, Limits, Rejected, Scheduler, Step
@@ -163,7 +163,7 @@ class Engine:
         try:
             admit()
         except Rejected as error:
-            raise _as_api_error(error, job) from None
+            raise refusal_of(error, job) from None
 
     def _run(self) -> None:
         try:
@@ -278,7 +278,7 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         log_failure(log, f"request {job.id} failed", error)
         with self._changed:
-            self._end(job, _failure_of(error, job))
+            self._end(job, failure_of(error, job))
 
     def _fail_all(self, error: ApiError) -> None:
         for job in list(self._jobs.values()):
@@ -303,39 +303,3 @@ class Engine:
                 self._scheduler.release(sequence.entry)
                 self._owners.pop(sequence.entry.key, None)
         self._closing.clear()
-
-
-def _failure_of(error: Exception, job: Job) -> ApiError:
-    if isinstance(error, NonFiniteOutput):
-        detail = (
-            f"Model {job.model.info.name!r} produced NaN or infinity for this request, so there is no answer "
-            "to give; try attention 'exact', another input or dtype float32."
-        )
-        return ApiError("non_finite_output", detail, stage=job.stage)
-    return internal(stage=job.stage)
-
-
-def _as_api_error(error: Rejected, job: Job | None) -> ApiError:
-    if error.reason == "never_fits" and job is not None:
-        largest = max(job.sequences, key=lambda sequence: sequence.estimated_bytes)
-        estimated, exact = largest.estimated_bytes, largest.exact_bytes
-        detail = (
-            f"This request needs about {error.value:,} bytes at once with the attention asked for "
-            f"({exact:,} with 'exact'); requests may hold {error.limit:,} (memory_limit_bytes). "
-            "Send a shorter input, fewer new tokens, or raise the limit."
-        )
-        limits = {"estimated_bytes": estimated, "exact_bytes": exact, "memory_limit_bytes": error.limit}
-        return ApiError("never_fits_memory", detail, limits=limits)
-    if error.reason == "too_many_tokens":
-        detail = (
-            f"The request has {error.value:,} tokens; the queue holds {error.limit:,}. Send fewer inputs."
-        )
-        return ApiError(
-            "body_too_large", detail, limits={"tokens": error.value, "max_queue_tokens": error.limit}
-        )
-    code = "queue_full" if error.reason == "queue_full" else "token_budget_exhausted"
-    what = "requests" if error.reason == "queue_full" else "tokens"
-    detail = f"{error.value:,} {what} are waiting; the limit is {error.limit:,}. Come back after Retry-After."
-    return ApiError(
-        code, detail, limits={f"max_queue_{what}": error.limit}, retry_after_s=error.retry_after_s
-    )

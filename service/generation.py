@@ -25,8 +25,9 @@ class Wanted:
 
 
 def attended_pair(pair: SpecPair, model: ServedModel) -> Attended:
-    """Attention of prefill and decode on this model; a causal model's decode must be supported as well."""
-    return Attended(choose(pair.prefill, model), choose(pair.decode, model), pair.split)
+    """Attention of prefill and of decode on this model."""
+    decode = choose(pair.decode, model, decodes=True)
+    return Attended(choose(pair.prefill, model) if pair.split else decode, decode, pair.split)
 
 
 def sequences_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from service.errors import KINDS
 from service.jobs import Job
 from service.metrics import length_bucket, rejection_reason
 from service.record import Record
@@ -18,7 +19,7 @@ def report(runtime: Runtime, record: Record, now: float) -> None:
     """Called once per request, whatever became of it."""
     if record.disconnected and record.error_code is None and record.status != 200:
         record.error_code = "client_closed_request"
-    status = 499 if record.error_code == "client_closed_request" else record.status or 500
+    status = _outcome(record)
     _count(runtime, record, status, now)
     fields = {
         "request_id": record.request_id,
@@ -33,6 +34,13 @@ def report(runtime: Runtime, record: Record, now: float) -> None:
     if record.error_code is not None:
         fields["error"] = record.error_code
     log.log(logging.DEBUG if record.path in _PROBES else logging.INFO, "request", extra={"fields": fields})
+
+
+def _outcome(record: Record) -> int:
+    """The status that counts: what was sent, or what went wrong after a stream had begun with 200."""
+    if record.error_code is not None and (record.streaming or record.disconnected or not record.status):
+        return KINDS[record.error_code].status
+    return record.status or 500
 
 
 def _count(runtime: Runtime, record: Record, status: int, now: float) -> None:

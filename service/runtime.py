@@ -88,11 +88,13 @@ class Runtime:
         self.engine.check_room()
 
     def model(self, name: str | None, task: Task | None) -> ServedModel:
-        """The model of that name, or the only one that can do ``task``."""
+        """The model of that name; without a name the only one that can do ``task``, or for ``encode`` the
+        only encoder (a causal model can embed too, but is not made for it)."""
         able = [key for key, model in self.models.items() if task is None or task in model.info.tasks]
         if name is None:
-            if len(able) == 1:
-                return self.models[able[0]]
+            encoders = [key for key in able if not self.models[key].info.causal]
+            if len(able) == 1 or (task == "encode" and len(encoders) == 1):
+                return self.models[able[0] if len(able) == 1 else encoders[0]]
             raise invalid(
                 f"'model' is required here; one of: {', '.join(able) or 'none can do this'}", "model"
             )

@@ -1,7 +1,7 @@
 """Sliding-window attention with optional global tokens.
 
     causal:         A_i = {j : i - window < j <= i}  or j < global_tokens
-    bidirectional:  A_i = {j : |i - j| <= window}    or j < global_tokens; rows i < global_tokens see every key
+    bidirectional:  A_i = {j : |i - j| <= window}    or j < global_tokens; rows i < global_tokens see all
 
 Beltagy et al., "Longformer: the long-document transformer" (arXiv 2004.05150), section 3.1. Cost
 O(N (window + global_tokens)) time, O(N) memory. Accumulates in fp32, returns q's dtype.

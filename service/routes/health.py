@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from service.errors import ApiError
 from service.flow import Flow
@@ -13,6 +13,7 @@ from service.problems import documented
 from service.runtime import Runtime
 
 router = APIRouter(tags=["health"])
+NOT_READY = ("loading", "draining", "engine_unhealthy", "queue_full")
 
 
 class Health(BaseModel):
@@ -29,23 +30,21 @@ async def livez(request: Request) -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", response_model=Health, responses=documented("loading", "draining", "queue_full"))
-async def readyz(request: Request) -> Response:
-    """Does it take work now? 503 while loading, draining, or full."""
+@router.get("/readyz", response_model=Health, responses=documented(*NOT_READY), summary="Ready?")
+async def readyz(request: Request) -> Health:
+    """Does it take work now? 503 while loading or draining, 429 while the queue is full."""
     runtime: Runtime = request.app.state.runtime
-    try:
-        runtime.check_open()
-    except ApiError as error:
-        if error.status != 429:
-            raise
-        return JSONResponse({"status": "saturated"}, status_code=503, headers=error.headers())
-    return JSONResponse({"status": "ok"})
+    runtime.check_open()
+    return Health(status="ok")
 
 
 @router.get(
-    "/health", response_model=Health, responses=documented("loading", "draining"), summary="As /readyz"
+    "/health",
+    response_model=Health,
+    responses=documented("loading", "draining", "queue_full"),
+    summary="As /readyz",
 )
-async def health(request: Request) -> Response:
+async def health(request: Request) -> Health:
     return await readyz(request)
 
 

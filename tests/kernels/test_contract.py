@@ -34,35 +34,31 @@ def test_cases_cover_every_backend_of_the_registry() -> None:
 
 @every_case
 @both_directions
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_output_lse_and_pair_counts_equal_masked_softmax(case: Case, causal: bool, impl: Any) -> None:
+def test_output_lse_and_pair_counts_equal_masked_softmax(case: Case, causal: bool) -> None:
     backend, params = case
     for number, (N, M, start) in enumerate(PLACES):
         heads, D = HEADS[number % 3], (60, 64)[number % 2]
         q, k, v = make_inputs(1 + number % 2, heads, N, M, D, seed=number)
         where: dict[str, Any] = {"layer": number % 3, "seed": number * 17}
-        got = attend(
-            q,
-            k,
-            v,
-            backend=backend,
-            params=params,
-            causal=causal,
-            scale=scale_of(q),
-            start=start,
-            impl=impl,
-            **where,
-        )
         mask = dense_mask(
             backend, params, heads=heads, num_rows=N, num_keys=M, start=start, causal=causal, **where
         )
         out, lse = softmax_attention(q.numpy(), k.numpy(), v.numpy(), mask, scale_of(q))
-        np.testing.assert_allclose(got.out.numpy(), out, atol=2e-5, err_msg=f"out at {N, M, start}")
-        assert got.lse is not None
-        np.testing.assert_allclose(got.lse.numpy(), lse, atol=2e-5, err_msg=f"lse at {N, M, start}")
-        assert got.stats.pairs_kept == q.shape[0] * int(mask.sum())
-        assert got.stats.pairs_kept <= got.stats.pairs_computed
-        assert got.stats.impl == impl
+        common: dict[str, Any] = {
+            "backend": backend,
+            "params": params,
+            "causal": causal,
+            "scale": scale_of(q),
+        }
+        for impl in ("torch", "reference"):
+            got = attend(q, k, v, start=start, impl=impl, **common, **where)
+            told = f"{impl} at {N, M, start}"
+            np.testing.assert_allclose(got.out.numpy(), out, atol=2e-5, err_msg=told)
+            assert got.lse is not None
+            np.testing.assert_allclose(got.lse.numpy(), lse, atol=2e-5, err_msg=told)
+            assert got.stats.pairs_kept == q.shape[0] * int(mask.sum()), told
+            assert got.stats.pairs_kept <= got.stats.pairs_computed
+            assert got.stats.impl == impl
 
 
 @every_case
@@ -197,11 +193,10 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("where", ["k", "v"])
-def test_poisoned_future_keys_do_not_touch_earlier_rows(case: Case, poison: float, where: str) -> None:
+@pytest.mark.parametrize(("where", "poison"), [("k", math.nan), ("v", math.inf)], ids=["k-nan", "v-inf"])
+def test_poisoned_future_keys_do_not_touch_earlier_rows(case: Case, where: str, poison: float) -> None:
     backend, params = case
-    for bad in (1, 64, 130, 299):
+    for bad in (1, 130, 299):
         q, k, v = make_inputs(1, (6, 2), 300, 300, 64)
         common: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": scale_of(q)}
         want = attend(q, k, v, **common)
@@ -247,9 +242,10 @@ def test_huge_logits_stay_finite(case: Case, causal: bool) -> None:
     backend, params = case
     for N, M in ((260, 260), (1, 260)):
         q, k, v = make_inputs(1, (6, 2), N, M, 64)
-        got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=40.0)
-        want = attend(q, k, v, backend=backend, params=params, causal=causal, scale=40.0, impl="reference")
-        assert got.lse is not None and want.lse is not None and float(want.lse.max()) > 1e3
+        got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=100.0)
+        want = attend(q, k, v, backend=backend, params=params, causal=causal, scale=100.0, impl="reference")
+        assert float((q @ k.repeat_interleave(3, 1).mT).abs().max()) * 100.0 > 1e3
+        assert got.lse is not None
         assert torch.isfinite(got.out).all() and torch.isfinite(got.lse).all()
         torch.testing.assert_close(got.out, want.out, atol=2e-3, rtol=0)
 

@@ -1,4 +1,5 @@
-"""The packed stream through the seam computes what transformers computes, each sequence with its own attention."""
+"""The packed stream through the seam computes what transformers computes, each sequence with its own
+attention."""
 
 from __future__ import annotations
 
@@ -7,12 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.api import backend_names
-from tests.models.tiny import FAMILIES, alone, choice, close, gemma3, llama, modernbert, network, random_ids, read, serve
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.api import backend_names
 from models.contract import Slice
 from models.seam import Step, in_groups
+from tests.models.tiny import (
+    FAMILIES,
+    alone,
+    choice,
+    close,
+    gemma3,
+    llama,
+    modernbert,
+    network,
+    random_ids,
+    read,
+    serve,
+)
 
 LENGTHS = (50, 1, 37)
 
@@ -25,9 +38,7 @@ def test_exact_equals_sdpa_alone_and_packed(make: Callable[[], Any]) -> None:
     wanted = [alone(network(make) if "dynamic" in str(fresh.config) else fresh, ids) for ids in sequences]
     for ids, hidden in zip(sequences, wanted, strict=True):
         assert close(read(model, ids, choice()), hidden)
-    packed = model.step(
-        [Slice(model.open(len(ids)), ids, choice(), "hidden", len(ids)) for ids in sequences]
-    )
+    packed = model.step([Slice(model.open(len(ids)), ids, choice(), "hidden", len(ids)) for ids in sequences])
     for result, hidden in zip(packed.results, wanted, strict=True):
         assert close(result.hidden, hidden)
 
@@ -88,7 +99,13 @@ def test_every_registered_backend_runs_in_prefill_and_decode_beside_exact() -> N
 
 
 def test_the_order_of_sequences_puts_those_that_share_an_attention_side_by_side() -> None:
-    picks = [choice("window", window=4), choice(), choice("window", window=5), choice("window", window=4), choice()]
+    picks = [
+        choice("window", window=4),
+        choice(),
+        choice("window", window=5),
+        choice("window", window=4),
+        choice(),
+    ]
     assert in_groups(picks) == [0, 3, 1, 4, 2]
 
 
@@ -159,7 +176,10 @@ def test_a_step_is_spent_after_one_forward() -> None:
     from models.seam import Member
 
     step = Step(plan.layers, [Member(slice(0, 3), 0, choice(), None)])
-    arguments: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.arange(3)[None]}
+    arguments: dict[str, Any] = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "position_ids": torch.arange(3)[None],
+    }
     made.model(**arguments, longreach=step, use_cache=False)
     with pytest.raises(RuntimeError, match="more often than at load"):
         made.model(**arguments, longreach=step, use_cache=False)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from kernels.registry import load as load_backend
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from kernels.registry import load as load_backend
 from models.contract import Choice, ModelInfo, Slice
 from models.network import build_network
 from models.rotary import replace_rotary
@@ -172,3 +174,28 @@ def alone(made: Any, ids: list[int], attention: str = "sdpa") -> Tensor:
 def close(got: Tensor | None, wanted: Tensor | None, tolerance: float = 1e-4) -> bool:
     assert got is not None and wanted is not None
     return float((got - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def rust_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer of 97 ids: three special tokens, then bytes that the tests' texts use."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [c for c in alphabet if c.isascii()][: VOCAB - 12] + ["Ġ", "Ã", "©", "â", "Ĥ", "¬", "ð", "Ł"]
+    tokens = ["<pad>", "<s>", "</s>", *dict.fromkeys(letters)]
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<pad>", "<s>", "</s>"])
+    return made
+
+
+def tokenizer_files(directory: Path, template: str | None = None) -> None:
+    """Save the tokenizer, with truncation and padding switched on in its file as careless exports have it."""
+    made = rust_tokenizer()
+    made.enable_truncation(8)
+    made.enable_padding(length=16)
+    wrapper = hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=8
+    )
+    if template is not None:
+        wrapper.chat_template = template
+    wrapper.save_pretrained(directory)

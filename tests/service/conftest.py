@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import httpx2
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.runtime import Runtime
@@ -108,12 +110,15 @@ class Blocker:
         assert self.release.wait(30), "a step was never released"
 
 
+@lru_cache(maxsize=4)
+def _samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (found.name, frozenset(found.labels.items())): float(found.value)
+        for family in text_string_to_metric_families(text)
+        for found in family.samples
+    }
+
+
 def sample(text: str, name: str, **labels: str) -> float | None:
     """The value of one series in an exposition; None where it is not there."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    for family in text_string_to_metric_families(text):
-        for found in family.samples:
-            if found.name == name and found.labels == labels:
-                return float(found.value)
-    return None
+    return _samples(text).get((name, frozenset(labels.items())))

@@ -169,6 +169,12 @@ def test_a_stream_that_fails_later_says_so_in_an_event(path: str) -> None:
             assert blocks[-1] == "data: [DONE]"
             assert json.loads(blocks[-2].removeprefix("data: "))["error"]["code"] == "internal_error"
         assert not model.open_states
+        operation = "generate" if path == "/v1/generate" else "completions"
+        labels = {"model": "dec", "operation": operation, "attention": "exact"}
+        text = client.get("/metrics").text
+        assert sample(text, "longreach_requests_total", **labels, code="500") == 1, (
+            "a failure, whatever the status"
+        )
 
 
 def test_a_silent_stream_sends_keep_alive_comments() -> None:
@@ -191,7 +197,7 @@ def test_a_full_queue_answers_429_with_the_time_to_come_back_and_recovers() -> N
             assert answer.status_code == 429 and answer.json()["limits"] == {"max_queue_requests": 3}
             assert int(answer.headers["retry-after"]) >= 1
         ready = server.get("/readyz")
-        assert ready.status_code == 503 and server.get("/livez").status_code == 200
+        assert ready.status_code == 429 and server.get("/livez").status_code == 200
         blocker.release.set()
         assert [answer.result().status_code for answer in [running, *waiting]] == [200] * 4
         assert server.post("/v1/encode", {"input": "c"}).status_code == 200
@@ -218,7 +224,7 @@ def test_many_clients_that_leave_at_random_lose_nothing() -> None:
     with serving(*models) as server:
 
         def visit(i: int) -> int | None:
-            body = {"prompt": f"p{i}", "max_new_tokens": 60, "stream": i % 2 == 0}
+            body: dict[str, Any] = {"prompt": f"p{i}", "max_new_tokens": 60, "stream": i % 2 == 0}
             path, body = ("/v1/encode", {"input": ["x"] * 20}) if i % 5 == 0 else ("/v1/generate", body)
             timeout = 0.03 if i % 3 == 0 else 30
             try:

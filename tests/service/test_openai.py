@@ -199,7 +199,7 @@ def test_errors_become_the_sdks_own_classes(
         sdk.embeddings.create(**ask)
     assert caught.value.code == code and caught.value.param == param
     assert caught.value.request_id is not None and caught.value.type == "invalid_request_error"
-    assert caught.value.body["message"]  # type: ignore[index, call-overload]
+    assert caught.value.body["message"]  # type: ignore[index]
 
 
 def test_harmless_fields_are_accepted_and_named(client: TestClient) -> None:

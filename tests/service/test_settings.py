@@ -31,7 +31,7 @@ def test_flags_win_over_environment_over_file_over_defaults(
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        load_settings().port = 1
+        load_settings().port = 1  # type: ignore[misc]
 
 
 def test_every_setting_has_a_flag_whose_help_names_its_variable(capsys: pytest.CaptureFixture[str]) -> None:

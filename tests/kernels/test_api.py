@@ -1,0 +1,203 @@
+"""The front door: names, descriptions, refusals, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from kernels import Unsupported, api, attend, attend_packed, backend_names, describe, registry
+from kernels.contract import Backend, Capabilities, Params, Segment
+from kernels.registry import UnknownBackend
+from tests.kernels.kernel_cases import CASES, make_inputs
+
+COMMON: dict[str, Any] = {"causal": True, "scale": 0.1}
+
+
+def call(**changes: Any) -> Any:
+    q, k, v = make_inputs(1, (4, 2), 8, 8, 16)
+    return attend(**{"q": q, "k": k, "v": v, "backend": "window", **COMMON, **changes})
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_a_description_is_plain_and_its_schema_accepts_its_defaults(name: str) -> None:
+    told = describe(name)
+    assert told["name"] == name and told["summary"] and told["paper"] and told["conditions"]
+    jsonschema.Draft202012Validator.check_schema(told["params_schema"])
+    jsonschema.validate(told["defaults"], told["params_schema"])
+    assert told["capabilities"]["impls"] == ["reference", "torch"]
+    assert told["capabilities"]["selection"] == "none"
+    assert told["capabilities"]["random"] == (name in ("random", "bigbird"))
+    assert told["capabilities"]["exact"] == (name == "exact")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_params_survive_a_round_trip_through_json_values(case: Any) -> None:
+    parsed = api.parse_params(*case)
+    assert api.parse_params(case[0], parsed.model_dump(mode="json")) == parsed
+    assert api.parse_params(case[0], parsed) is parsed
+
+
+def test_an_unknown_backend_is_told_the_known_ones() -> None:
+    with pytest.raises(UnknownBackend, match="unknown attention backend 'nope'; known: exact, window"):
+        call(backend="nope")
+
+
+@pytest.mark.parametrize(
+    ("backend", "params", "message"),
+    [
+        ("window", {"window": 0}, r"window: Input should be greater than or equal to 1 \(got 0\)"),
+        ("window", {"window": 65537}, r"window: .*less than or equal to 65536 \(got 65537\)"),
+        ("window", {"window": 3.5}, r"window: .*integer.*\(got 3.5\)"),
+        ("window", {"window": True}, r"window: .*integer"),
+        ("window", {"sinks": 1}, r"sinks: no such parameter; there are: window, global_tokens"),
+        ("exact", {"window": 1}, r"window: no such parameter; there are: none"),
+        ("strided", {"combine": "both"}, r"combine: .*'union', 'multihead' or 'sequential' \(got 'both'\)"),
+        ("strided", {"stride": 1}, r"stride: .*greater than or equal to 2"),
+        ("random", {"num_random": 257}, r"num_random must lie in 1 .. 256 where block_size is 1, got 257"),
+        (
+            "random",
+            {"num_random": 70, "block_size": 64},
+            r"num_random must be a multiple of block_size \(64\)",
+        ),
+        ("bigbird", {"block_size": 48}, r"block_size: Input should be 1, 32, 64 or 128 \(got 48\)"),
+        ("bigbird", {"num_random": 5000}, r"num_random: .*less than or equal to 4096"),
+    ],
+)
+def test_bad_params_name_the_field_and_its_bound(backend: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(
+        api.InvalidParams, match=f"params of attention backend {backend!r} are invalid: .*{message}"
+    ):
+        call(backend=backend, params=params)
+
+
+def test_all_bad_params_are_told_at_once() -> None:
+    with pytest.raises(api.InvalidParams) as caught:
+        call(params={"window": 0, "global_tokens": -1, "other": 2})
+    assert [field for field, _ in caught.value.problems] == ["window", "global_tokens", "other"]
+
+
+def test_params_of_another_backend_are_refused() -> None:
+    with pytest.raises(api.InvalidParams, match="expected WindowParams, got SinksParams"):
+        call(params=api.parse_params("sinks"))
+    with pytest.raises(api.InvalidParams, match="expected a mapping, got list"):
+        call(params=[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(4, 8, 16)}, r"q must have 4 dimensions .* got \[4, 8, 16\]"),
+        ({"k": torch.zeros(1, 2, 0, 16)}, r"k has an empty dimension"),
+        (
+            {"k": torch.zeros(1, 3, 8, 16), "v": torch.zeros(1, 3, 8, 16)},
+            r"query heads \(4\) must be a multiple",
+        ),
+        ({"k": torch.zeros(1, 2, 9, 16)}, r"k and v must agree"),
+        ({"k": torch.zeros(1, 2, 8, 12)}, r"same head_dim, got 16 and 12"),
+        (
+            {"k": torch.zeros(1, 2, 7, 16), "v": torch.zeros(1, 2, 7, 16)},
+            r"start must lie in 0 .. M - N = -1",
+        ),
+        ({"start": 1}, r"start must lie in 0 .. M - N = 0 \(8 queries, 8 keys\), got 1"),
+        ({"v": torch.zeros(1, 2, 8, 16, dtype=torch.float64)}, r"share one floating dtype"),
+        ({"scale": float("nan")}, r"scale must be finite"),
+        ({"seed": -1}, r"seed must lie in 0 .. 2\*\*63 - 1, got -1"),
+        ({"layer": -1}, r"layer must be 0 or more"),
+    ],
+)
+def test_bad_calls_say_what_was_expected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_an_impl_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(Unsupported, match="has no impl 'triton', only reference, torch") as caught:
+        call(impl="triton")
+    assert caught.value.backend == "window" and len(caught.value.reasons) == 1
+
+
+def test_unsupported_tells_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = Backend(
+        name="limited",
+        summary="",
+        paper="",
+        params=Params,
+        capabilities=Capabilities(
+            causal=False, bidirectional=True, decode=False, exact=False, selection="prompt"
+        ),
+        impls={},
+        unsupported=lambda params, causal: ["its params are odd"],
+    )
+    monkeypatch.setattr(api, "load", lambda name: limited)
+    with pytest.raises(Unsupported) as caught:
+        call(backend="limited", impl="torch")
+    assert caught.value.reasons == (
+        "it has no causal form",
+        "it has no impl 'torch', only ",
+        "its params are odd",
+    )
+
+
+def test_packed_rows_must_belong_to_one_segment_each() -> None:
+    q, k, v = make_inputs(1, (4, 2), 6, 6, 16)
+    segments = [Segment(slice(0, 3), k, v, 0), Segment(slice(4, 6), k, v, 0)]
+    with pytest.raises(ValueError, match="segment 1 has rows 4..6, expected them to begin at 3"):
+        attend_packed(q, segments, backend="exact", **COMMON)
+    with pytest.raises(ValueError, match="the segments cover 3 rows of 6"):
+        attend_packed(q, segments[:1], backend="exact", **COMMON)
+    with pytest.raises(ValueError, match="segment 0: start must lie in 0"):
+        attend_packed(q, [Segment(slice(0, 6), k, v, 2)], backend="exact", **COMMON)
+
+
+def test_registry_names_are_the_backends_names() -> None:
+    assert {name: registry.load(name).name for name in backend_names()} == {
+        name: name for name in backend_names()
+    }
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    assert (
+        run_python("import sys, kernels; print('torch' in sys.modules, 'pydantic' in sys.modules)")
+        == "False False"
+    )
+
+
+def test_listing_backends_imports_none_of_them() -> None:
+    loaded = "[m for m in sys.modules if 'kernels.attention.' in m]"
+    code = f"import sys, kernels; kernels.backend_names(); print({loaded})"
+    assert run_python(code) == "[]"
+
+
+def test_every_backend_imports_without_a_warning() -> None:
+    assert run_python(
+        "import kernels; print(len([kernels.describe(n) for n in kernels.backend_names()]))"
+    ) == str(len(backend_names()))
+
+
+def test_transformers_does_not_take_this_package_for_the_hub_kernels() -> None:
+    code = """
+import kernels, torch, transformers
+from transformers.utils.import_utils import is_kernels_available
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=1, vocab_size=32, max_position_embeddings=64)
+model = LlamaForCausalLM(config).eval()
+logits = model(torch.arange(5)[None]).logits
+q = torch.randn(1, 2, 5, 8)
+kernels.attend(q, q, q, backend="exact", causal=True, scale=1.0)
+print(is_kernels_available(), tuple(logits.shape))
+"""
+    assert run_python(code) == "False (1, 5, 32)"

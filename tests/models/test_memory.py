@@ -1,0 +1,107 @@
+"""Memory: the cache to the byte, the prediction near what a fresh process really takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import memory
+from models.kv_cache import Cache, LayerShape
+from models.memory import MEASURED_FROM_TOKENS, PeakBytes
+from tests.models.tiny import bert, choice, llama, network, serve
+
+MEASURE = """
+import json, sys
+import torch, transformers as hf
+from tests.models.tiny import choice
+from models.contract import ModelInfo, Slice
+from models.network import build_network
+from models.runner import Model
+from models.seam import NAME, register
+
+kind, tokens, want = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+register()
+wide = dict(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_attention_heads=8,
+            num_hidden_layers=3, max_position_embeddings=20000, attn_implementation=NAME)
+if kind == "llama":
+    made = hf.LlamaForCausalLM(hf.LlamaConfig(**wide, num_key_value_heads=2))
+else:
+    made = hf.BertModel(hf.BertConfig(**wide), add_pooling_layer=False)
+network = build_network(made.eval().requires_grad_(False), 20000)
+info = ModelInfo("x", "x", None, "", (), 20000, "", "", network.plan.causal, 3, (), {}, 512, 1)
+model = Model(network, info, None)
+ids = torch.randint(3, 8000, (tokens,)).tolist()
+def read(n):
+    targets = ids[:n] if want == "scores" else ()
+    return model.step([Slice(model.open(n), ids[:n], choice(), want, n, targets)]).peak_bytes
+read(64)
+print(json.dumps({"measured": read(tokens), "estimated": model.estimate_bytes(tokens, 0, choice(), tokens)}))
+"""
+
+
+def in_fresh_process(*arguments: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=200, check=True
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the high-water mark is read from Linux's /proc"
+)
+@pytest.mark.parametrize(("kind", "want"), [("llama", "nothing"), ("llama", "scores"), ("bert", "hidden")])
+def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str) -> None:
+    found = in_fresh_process(kind, "4096", want)
+    if found["measured"] is None:
+        pytest.skip("the high-water mark cannot be reset here")
+    assert 0.65 < found["estimated"] / found["measured"] < 1.35, found
+
+
+def test_a_chunk_bounds_a_decoders_activations_and_not_an_encoders() -> None:
+    decoder, encoder = serve(network(llama), 256), serve(network(bert))
+    whole, chunked = (decoder.estimate_bytes(200, 10, choice(), chunk) for chunk in (200, 20))
+    assert chunked < whole
+    assert encoder.estimate_bytes(60, 0, choice(), 10) == encoder.estimate_bytes(60, 0, choice(), 60)
+
+
+def test_the_estimate_grows_with_every_new_token_by_its_cache() -> None:
+    decoder = serve(network(llama), 256)
+    one, two = (decoder.estimate_bytes(50, new, choice(), 50) for new in (1, 2))
+    assert two - one == 3 * 2 * 2 * 8 * 4
+
+
+def test_small_steps_are_not_measured() -> None:
+    assert PeakBytes(torch.device("cpu"), MEASURED_FROM_TOKENS - 1).read() is None
+
+
+def test_a_machine_without_proc_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CLEAR_REFS", memory.Path("/nowhere/clear_refs"))
+    assert PeakBytes(torch.device("cpu"), 4096).read() is None
+    monkeypatch.setattr(memory, "_STATUS", memory.Path("/nowhere/status"))
+    assert memory._status() is None
+
+
+def test_a_cache_gives_back_what_was_written_as_views() -> None:
+    shapes = [LayerShape(2, 8, 8), LayerShape(1, 4, 6)]
+    cache = Cache(shapes, 10, torch.float32, torch.device("cpu"))
+    assert cache.held_bytes == 0 and cache.full_bytes == 10 * (2 * 16 + 10) * 4
+    k, v = torch.randn(1, 7, 4), torch.randn(1, 7, 6)
+    cache.write(1, 0, k[:, :5], v[:, :5])
+    cache.write(1, 5, k[:, 5:], v[:, 5:])
+    keys, values = cache.keys_values(1, 7)
+    assert torch.equal(keys[0], k) and torch.equal(values[0], v)
+    assert keys.data_ptr() == cache.keys_values(1, 3)[0].data_ptr(), "views, not copies"
+    assert cache.held_bytes == cache.full_bytes
+
+
+def test_a_closed_cache_holds_nothing_and_takes_nothing() -> None:
+    cache = Cache([LayerShape(1, 4, 4)], 3, torch.float32, torch.device("cpu"))
+    cache.write(0, 0, torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+    cache.close()
+    assert cache.held_bytes == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        cache.write(0, 0, torch.ones(1, 1, 4), torch.ones(1, 1, 4))

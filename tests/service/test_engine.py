@@ -1,0 +1,120 @@
+"""The engine's own promises: one thread, estimates kept, and an end that everybody hears of."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.service.conftest import Blocker, in_process, serving, wait_for
+from tests.service.fake_model import decoder, encoder
+
+
+def test_an_engine_that_dies_answers_everybody_and_is_seen_by_the_probes() -> None:
+    def die(slices: object) -> None:
+        raise SystemExit("no step can go on")
+
+    model = encoder(on_step=die)
+    with serving(model, decoder()) as server:
+        assert server.post("/v1/encode", {"input": "x"}).status_code == 500
+        wait_for(lambda: not server.runtime.engine.healthy)
+        for path in ("/livez", "/readyz"):
+            answer = server.get(path)
+            assert answer.status_code == 503 and answer.json()["code"] == "engine_unhealthy"
+        refused = server.post("/v1/generate", {"prompt": "x"})
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        assert not model.open_states
+
+
+def test_a_model_that_cannot_open_a_sequence_fails_that_request_alone() -> None:
+    model = decoder()
+    plain = model.open
+
+    def refuse(capacity: int) -> object:
+        if capacity > 100:
+            raise MemoryError("no room")
+        return plain(capacity)
+
+    model.open = refuse  # type: ignore[method-assign, assignment]
+    with in_process(model) as client:
+        assert client.post("/v1/generate", json={"prompt": "x", "max_new_tokens": 200}).status_code == 500
+        assert client.post("/v1/generate", json={"prompt": "x", "max_new_tokens": 2}).status_code == 200
+
+
+def test_the_peak_is_told_only_where_no_step_was_shared() -> None:
+    blocker = Blocker()
+    with serving(encoder(on_step=blocker)) as server, ThreadPoolExecutor(3) as pool:
+        alone = pool.submit(server.post, "/v1/encode", {"input": "first"})
+        blocker.entered.wait(20)
+        shared = [pool.submit(server.post, "/v1/encode", {"input": "other"}) for _ in range(2)]
+        wait_for(lambda: server.runtime.engine.load("enc").queued_requests == 2)
+        blocker.release.set()
+        assert alone.result().json()["stats"]["memory"]["peak_bytes"] == 5000
+        for call in shared:
+            stats = call.result().json()["stats"]
+            assert stats["batch_size"] == 2 and stats["batch_tokens"] == 14
+            assert stats["memory"]["peak_bytes"] is None
+
+
+def test_a_device_that_cannot_measure_gives_no_peak() -> None:
+    with in_process(encoder(peak_bytes=None)) as client:
+        memory = client.post("/v1/encode", json={"input": "x"}).json()["stats"]["memory"]
+        assert memory["peak_bytes"] is None and memory["estimated_bytes"] > 0
+
+
+def test_two_models_share_the_engine_and_both_get_turns() -> None:
+    models = encoder(), decoder()
+    with serving(*models) as server, ThreadPoolExecutor(8) as pool:
+        calls = [
+            pool.submit(server.post, "/v1/encode", {"input": "a"})
+            if i % 2
+            else pool.submit(server.post, "/v1/generate", {"prompt": "a", "max_new_tokens": 20})
+            for i in range(16)
+        ]
+        assert {call.result().status_code for call in calls} == {200}
+    assert models[0].step_thread is models[1].step_thread is not None
+
+
+def test_a_long_prompt_lets_short_ones_decode_meanwhile() -> None:
+    model = decoder(max_tokens=5000)
+    with serving(model, step_tokens=256, prefill_chunk_tokens=256) as server, ThreadPoolExecutor(2) as pool:
+        short = pool.submit(server.post, "/v1/generate", {"prompt": "s", "max_new_tokens": 400})
+        wait_for(lambda: len(model.steps) > 2)
+        long = pool.submit(server.post, "/v1/generate", {"prompt": "x" * 4000, "max_new_tokens": 1})
+        assert long.result().status_code == short.result().status_code == 200
+    mixed = [step for step in model.steps if len(step) == 2]
+    assert any(step[0][0] == 1 and step[1][0] > 1 for step in mixed), "decode and prefill shared a step"
+    assert max(sum(tokens for tokens, _ in step) for step in model.steps) <= 256 + 1
+
+
+def test_a_prompt_template_of_the_request_is_never_used() -> None:
+    with in_process() as client:
+        body = {"model": "dec", "max_tokens": 1, "messages": [{"role": "user", "content": "{{ 7 * 7 }}"}]}
+        answer = client.post("/v1/chat/completions", json={**body, "chat_template": "{{ 1/0 }}"})
+        assert answer.status_code == 200 and answer.headers["x-ignored-params"] == "chat_template"
+        assert "49" not in json.dumps(answer.json()["choices"])
+
+
+def test_a_backend_that_cannot_decode_is_refused_for_decode_and_allowed_for_prefill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kernels.registry import load
+    from service import attention
+
+    real = load("window")
+    prefill_only = replace(real, capabilities=replace(real.capabilities, decode=False, selection="tile"))
+    leaky = replace(real, name="leaky", capabilities=replace(real.capabilities, selection="prompt"))
+    known = {"window": prefill_only, "leaky": leaky, "exact": load("exact")}
+    monkeypatch.setattr(attention, "load", lambda name: known[name])
+    with in_process() as client:
+        body = {"prompt": "x", "max_new_tokens": 2}
+        refused = client.post("/v1/generate", json={**body, "attention": "window"})
+        assert refused.status_code == 400 and "cannot decode" in refused.json()["detail"]
+        split = {**body, "attention": {"prefill": "window", "decode": "exact"}}
+        assert client.post("/v1/generate", json=split).status_code == 200
+        scored = client.post("/v1/score", json={"input": "abc", "attention": "window"}).json()
+        assert "tile" in scored["warnings"][0]
+        leak = client.post("/v1/score", json={"input": "abc", "attention": "leaky"})
+        assert leak.status_code == 400 and leak.json()["code"] == "attention_not_supported"
