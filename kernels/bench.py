@@ -3,8 +3,8 @@
     python -m kernels.bench --lengths 4096 16384 --shapes 12x12x64 9x3x64 --json bench.json
 
 A shape is HxHkxD. Rounds alternate between all contenders, the median of each is reported: on a shared
-machine only ratios within one run mean anything. Work is counted as 4 D FLOP per score element computed, masked ones
-included. The error is against softmax under the dense mask (impl ``reference``), on sampled rows.
+machine only ratios within one run mean anything. Work is counted as 4 D FLOP per score element computed,
+masked ones included. The error is against softmax under the dense mask (impl ``reference``), on sampled rows.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ def _line(r: Row) -> str:
     flex = f"- ({r.flex_note})" if r.ratio_to_flex is None else f"{r.ratio_to_flex:.2f}"
     return (
         f"| {r.backend} | {r.params} | {r.shape} | {r.length} | {'yes' if r.causal else 'no'} "
-        f"| {r.time_ms:.1f} | {r.selection_ms:.1f} | {r.gflops:.0f} | {r.share_of_sgemm:.2f} | {r.dense_ms:.0f} "
+        f"| {r.time_ms:.1f} | {r.selection_ms:.1f} | {r.gflops:.0f} | {r.share_of_sgemm:.2f} "
+        f"| {r.dense_ms:.0f} "
         f"| {r.ratio_to_dense:.2f} | {flex} | {r.density:.4f} | {r.density_computed:.4f} "
         f"| {r.max_abs_error:.1e} |"
     )

@@ -6,8 +6,8 @@ Letters used in every file of this package:
     L block_size · K blocks kept per query tile · F features · R rank · C clusters
 
 Keys are the positions 0 .. M-1 of one sequence. Queries are N consecutive positions beginning at ``start``
-(default M - N: the last N), so prefill (N = M), chunked prefill (1 < N < M) and decode (N = 1) are one contract.
-A causal row at position i sees keys j <= i.
+(default M - N: the last N), so prefill (N = M), chunked prefill (1 < N < M) and decode (N = 1) are one
+contract. A causal row at position i sees keys j <= i.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Capabilities:
 class Stats:
     """What one call computed. Pairs are (query, key) pairs summed over query heads.
 
-    ``pairs_kept`` pairs of the pattern, each counted once; ``pairs_exact`` pairs that ``exact`` would compute;
-    ``pairs_computed`` score elements really computed, masked ones included.
+    ``pairs_kept`` pairs of the pattern, each counted once; ``pairs_exact`` pairs that ``exact`` would
+    compute; ``pairs_computed`` score elements really computed, masked ones included.
     """
 
     pairs_kept: int
@@ -132,7 +132,8 @@ class Backend:
     conditions: str = ""
     """What the paper's theory does and does not promise here, in a sentence or two."""
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])
-    """Reasons why these params cannot serve a causal (True) or bidirectional (False) model; [] where they can."""
+    """Reasons why these params cannot serve a causal (True) or bidirectional (False) model; [] where they
+    can."""
 
 
 @dataclass(frozen=True)

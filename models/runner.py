@@ -18,7 +18,7 @@ from models.rotary import sequence_lengths
 from models.seam import NAME, Member, Step, in_groups
 
 
-class SequenceCache:
+class OpenSequence:
     """One sequence's state: tokens read so far and, for decoders, its cache."""
 
     def __init__(self, capacity: int, cache: Cache | None) -> None:
@@ -75,7 +75,7 @@ class Model:
             )
         return reasons
 
-    def open(self, capacity: int) -> SequenceCache:
+    def open(self, capacity: int) -> OpenSequence:
         """A new sequence with room for ``capacity`` tokens. ValueError beyond the model's limit."""
         if not 1 <= capacity <= self._info.max_tokens:
             raise ValueError(
@@ -84,8 +84,8 @@ class Model:
             )
         network = self._network
         if not network.plan.causal:
-            return SequenceCache(capacity, None)
-        return SequenceCache(
+            return OpenSequence(capacity, None)
+        return OpenSequence(
             capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device)
         )
 
@@ -110,8 +110,8 @@ class Model:
         return estimate_bytes(self._network.sizes, tokens, new_tokens, chunk_tokens)
 
 
-def _state(s: Slice) -> SequenceCache:
-    assert isinstance(s.sequence, SequenceCache), "a sequence opened by another model. This is a bug."
+def _state(s: Slice) -> OpenSequence:
+    assert isinstance(s.sequence, OpenSequence), "a sequence opened by another model. This is a bug."
     return s.sequence
 
 
@@ -125,7 +125,7 @@ def check(slices: Sequence[Slice], network: Network, max_tokens: int) -> None:
             raise ValueError(f"slice {index}: {reason}")
 
 
-def _refusal(s: Slice, state: SequenceCache, network: Network, max_tokens: int) -> str | None:
+def _refusal(s: Slice, state: OpenSequence, network: Network, max_tokens: int) -> str | None:
     n, stop = len(s.token_ids), state.length + len(s.token_ids)
     if state.closed:
         return "its sequence is closed"

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add_settings(fetch, only=("profile", "source", "cache_dir"))
     fetch.set_defaults(run=_fetch)
     backends = commands.add_parser("backends", help="list the attention backends")
+    backends.add_argument("--markdown", action="store_true", help="as the table of the README")
     backends.set_defaults(run=_backends)
     commands.add_parser(
         "bench", help="time the attention backends (arguments go to kernels.bench)", add_help=False
@@ -111,18 +112,36 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
+    print(backends_markdown() if options.markdown else "\n".join(table_lines(_BACKENDS_HEAD, _backend_rows())))
+    return 0
+
+
+_BACKENDS_HEAD = ("BACKEND", "SERVES", "SELECTION", "COST", "PARAMS (DEFAULTS)", "SUMMARY")
+
+
+def _backend_rows() -> list[tuple[str, ...]]:
     from kernels.api import describe
     from kernels.registry import BACKENDS
 
-    table = []
+    rows = []
     for name in BACKENDS:
         told = describe(name)
         can = told["capabilities"]
         kinds = " ".join(kind for kind in ("causal", "bidirectional", "decode") if can[kind])
         params = ", ".join(f"{key}={value}" for key, value in told["defaults"].items()) or "-"
-        table.append((name, kinds, can["selection"], can["complexity"], params, told["summary"]))
-    print_table(("BACKEND", "SERVES", "SELECTION", "COST", "PARAMS (DEFAULTS)", "SUMMARY"), table)
-    return 0
+        rows.append((name, kinds, can["selection"], can["complexity"], params, told["summary"]))
+    return rows
+
+
+def backends_markdown() -> str:
+    """The README's table of backends, made from the registry."""
+    from kernels.api import describe
+
+    lines = ["| backend | what a token sees | params (defaults) | cost | source |", "|---|---|---|---|---|"]
+    for name, _, _, cost, params, summary in _backend_rows():
+        knobs = "–" if params == "-" else f"`{params}`"
+        lines.append(f"| `{name}` | {summary} | {knobs} | {cost} | {describe(name)['paper']} |")
+    return "\n".join(lines)
 
 
 def _bench(arguments: Sequence[str]) -> int:
@@ -141,12 +160,17 @@ def _version(options: argparse.Namespace) -> int:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    print("\n".join(table_lines(head, rows)))
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Columns as wide as their widest cell; the last one runs free."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-        print("  ".join([*cells, line[-1]]).rstrip())
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in lines
+    ]
 
 
 if __name__ == "__main__":

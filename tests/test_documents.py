@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from service.cli import backends_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "deploy").rglob("*.md"), *(ROOT / "samples").glob("*.md")])
@@ -35,3 +36,9 @@ def test_make_targets_that_are_named_exist(document: Path) -> None:
         set(re.findall(r"(?:`|^)make ([a-z]+)", document.read_text(encoding="utf-8"), re.MULTILINE))
         <= targets
     )
+
+
+def test_the_readme_lists_the_backends_of_the_registry() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("--markdown` -->\n")[2].partition("\n<!-- /backends -->")[0]
+    assert shown == backends_markdown(), "run `longreach backends --markdown` and paste it between the marks"

@@ -13,6 +13,7 @@ When not to use it: with a model that was not trained so: the summary tokens are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
 from kernels.math.accumulate import Accumulator, accumulator, result
-from kernels.math.combine import AddPart, Combine, add_combined, combined_keep
+from kernels.math.combine import Combine, add_combined, combined_keep
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+
+Spans = Callable[[Ints, int, int, bool], tuple[Span, Span]]
+_SUMMARY_TILE = 1024
 
 
 class FixedParams(Params):
@@ -46,54 +50,59 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) -> AttentionResult:
     began = perf_counter()
     acc = accumulator(q, k, v, call)
+    w = params.stride
     add_combined(
         acc,
         params.combine,
-        union=_adds("union", params.stride, call.causal),
-        patterns=[_adds("block", params.stride, call.causal), _adds("summaries", params.stride, call.causal)],
+        union=lambda part: _add(part, w, _union_spans),
+        patterns=[lambda part: _add(part, w, _block_spans), lambda part: _add(part, w, _summary_spans)],
     )
     return result(acc, q, began)
 
 
-def _adds(name: str, w: int, causal: bool) -> AddPart:
-    spans = {"union": _union_spans, "block": _block_spans, "summaries": _summary_spans}[name]
-    pattern = SpanPattern(
-        ("fixed", name, w), lambda rows, num_keys: spans(rows, num_keys, w, causal), tile=_tile(w)
-    )
-
-    def add(acc: Accumulator) -> None:
-        add_spans(acc, plan_for(acc, pattern))
-
-    return add
+def _add(acc: Accumulator, w: int, spans: Spans) -> None:
+    """Blocks and summaries are planned apart, each in tiles that suit it; a single row has one plan."""
+    causal = acc.call.causal
+    if acc.q.shape[-2] == 1:
+        add_spans(acc, plan_for(acc, _pattern(w, causal, spans, (0, 1), _SUMMARY_TILE)))
+        return
+    for part, tile in ((0, _block_tile(w)), (1, _SUMMARY_TILE)):
+        add_spans(acc, plan_for(acc, _pattern(w, causal, spans, (part,), tile)))
 
 
-def _tile(w: int) -> int:
+def _pattern(w: int, causal: bool, spans: Spans, parts: tuple[int, ...], tile: int) -> SpanPattern:
+    def chosen(rows: Ints, num_keys: int) -> list[Span]:
+        both = spans(rows, num_keys, w, causal)
+        return [both[part] for part in parts]
+
+    return SpanPattern(("fixed", spans.__name__, parts, w), chosen, tile)
+
+
+def _block_tile(w: int) -> int:
     """Whole blocks per tile, so that its rows agree on their block's bounds as far as possible."""
     return w * max(1, 128 // w) if w <= 512 else 256
 
 
-def _block_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
-    first = rows // w * w
-    return [Span(first, rows + 1 if causal else np.minimum(first + w, num_keys))]
+def _block_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> tuple[Span, Span]:
+    """Own block; no summaries."""
+    first, zero = rows // w * w, np.zeros_like(rows)
+    return Span(first, rows + 1 if causal else np.minimum(first + w, num_keys)), Span(zero, zero)
 
 
-def _summary_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
+def _summary_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> tuple[Span, Span]:
+    """Itself where it is no summary; the summaries."""
     is_summary = rows % w == w - 1
     count = (rows + 1) // w if causal else np.full_like(rows, num_keys // w)
-    return [
-        Span(rows, np.where(is_summary, rows, rows + 1)),
-        Span(np.zeros_like(rows), count, first=w - 1, step=w),
-    ]
+    itself = Span(rows, np.where(is_summary, rows, rows + 1))
+    return itself, Span(np.zeros_like(rows), count, first=w - 1, step=w)
 
 
-def _union_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> list[Span]:
-    """Causal: the block and the summaries of earlier blocks. Otherwise: all summaries and the rest of the
-    block.
-    """
+def _union_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> tuple[Span, Span]:
+    """Causal: the block and the earlier summaries. Else: the block without its summary, and all summaries."""
     first = rows // w * w
     hi = rows + 1 if causal else np.minimum(first + w - 1, num_keys)
     count = rows // w if causal else np.full_like(rows, num_keys // w)
-    return [Span(first, hi), Span(np.zeros_like(rows), count, first=w - 1, step=w)]
+    return Span(first, hi), Span(np.zeros_like(rows), count, first=w - 1, step=w)
 
 
 BACKEND = Backend(

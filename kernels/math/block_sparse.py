@@ -21,7 +21,7 @@ from kernels.math.accumulate import Accumulator
 from kernels.math.dense import Mask, dense_part
 from kernels.math.merge import merge_into
 
-_PANEL_BYTES = 1 << 20
+_PANEL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from kernels.math.merge import merge_into
 _KEY_CHUNK = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """``bias`` [R, P], or [B, 1, R or 1, P] where panels differ: 0 keeps a pair, -inf drops it.
     ``empty`` marks rows without any key (None: there are none), broadcastable to lse [B, Hk, G, R]."""
@@ -105,8 +105,14 @@ def _flash(
             q[0], k[0, :, None].expand(many), v[0, :, None].expand(many), scale, bias, causal
         )
         return out.unsqueeze(0), lse.unsqueeze(0)
-    parts = [_flash(q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, bias, causal) for b in range(B)]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    # torch's kernel takes two leading dimensions, here are three: go along the shorter of two
+    along_heads = q.shape[0] >= q.shape[1]
+    dim, count = (1, Hk) if along_heads else (0, B)
+    parts = []
+    for at in range(count):
+        one_q, one_k, one_v = (x.narrow(dim, at, 1) for x in (q, k, v))
+        parts.append(_flash(one_q, one_k, one_v, scale, bias, causal))
+    return torch.cat([out for out, _ in parts], dim), torch.cat([lse for _, lse in parts], dim)
 
 
 def _flash_call(

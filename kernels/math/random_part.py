@@ -24,7 +24,7 @@ from kernels.math.edges import attend_edges, attend_row_edges
 from kernels.math.random_keys import RandomParams, block_draws, row_draws
 from kernels.math.spans import Span, SpanPattern
 
-_EDGE_ROWS = 2048
+_EDGE_ROWS = 8192
 _DRAWS_AT_ONCE = 1 << 16
 
 

@@ -4,7 +4,9 @@
 
 Query rows are cut into tiles at absolute multiples of the tile height. The keys that all rows of a tile see
 form a panel without a mask, the ragged edges carry a small mask; narrow spans are one masked panel. Panels
-are views. Cost: O(N (width + tile height)) score elements; memory O(N).
+are views, and neighbouring tiles of equal shape run as one batch over overlapping views: few large calls,
+which matters most where other work competes for the cores. Cost: O(N (width + tile height)) score elements;
+memory O(N).
 
 A span may run over every ``step``-th key from ``first`` (summary columns): lo and hi then count in that
 series.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +31,7 @@ from kernels.math.decode import attend_row
 from kernels.math.dense import Mask, computed_elements, dense_part, make_mask
 from kernels.math.merge import merge_into
 
+_BATCH_ROWS = 4096
 Ints = npt.NDArray[np.int64]
 
 
@@ -49,17 +52,38 @@ class Span:
 
 @dataclass(frozen=True)
 class Panel:
-    """Keys ``a <= j < b`` of the series (first, step), for all rows of a tile."""
+    """Keys ``a <= j < b`` of the series (first, step), for all rows of a tile; in a batch of tiles every
+    further one reads ``advance`` keys later."""
 
-    keys: slice
+    first: int
+    step: int
+    a: int
+    b: int
     mask: Mask | None = None
     causal: bool = False
+    advance: int = 0
+
+    def of(self, keys: Tensor, count: int) -> Tensor:
+        """[Hk, M, D] -> [count, Hk, b - a, D]: the panels of ``count`` tiles. A view."""
+        series = keys[:, self.first :: self.step] if self.step > 1 else keys
+        if count == 1 or self.advance == 0:
+            return series[None, :, self.a : self.b].expand(count, -1, -1, -1)
+        stop = self.b + (count - 1) * self.advance
+        return series[:, self.a : stop].unfold(1, self.b - self.a, self.advance).permute(1, 0, 3, 2)
 
 
 @dataclass(frozen=True)
 class Tile:
-    rows: slice
+    """``count`` neighbouring tiles of ``height`` rows, the first at row ``row`` of the call."""
+
+    row: int
+    height: int
+    count: int
     panels: tuple[Panel, ...]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.height * self.count)
 
 
 @dataclass(frozen=True)
@@ -115,7 +139,8 @@ def add_spans(acc: Accumulator, plan: SpanPlan) -> None:
     else:
         guard = plan.masked is not None and not _finite(acc.k, acc.v, plan.masked)
         for tile in plan.tiles:
-            acc.put(tile.rows, *_tile(acc, tile, scale, guard))
+            for b in range(acc.q.shape[0]):
+                _add_tile(acc, b, tile, scale, guard)
     acc.complete(plan.kept * acc.num_heads, plan.computed * acc.num_heads)
 
 
@@ -126,20 +151,29 @@ def _add_row(acc: Accumulator, plan: SpanPlan, scale: float) -> None:
         acc.put(slice(0, 1), *_nothing(acc, slice(0, 1)))
 
 
-def _tile(acc: Accumulator, tile: Tile, scale: float, guard: bool) -> tuple[Tensor, Tensor]:
+def _add_tile(acc: Accumulator, b: int, tile: Tile, scale: float, guard: bool) -> None:
     if not tile.panels:
-        return _nothing(acc, tile.rows)
-    q = acc.q[..., tile.rows, :]
-    parts = (
-        dense_part(
-            q, acc.k[:, :, p.keys], acc.v[:, :, p.keys], scale, mask=p.mask, causal=p.causal, guard=guard
-        )
-        for p in tile.panels
-    )
+        acc.put(tile.rows, *_nothing(acc, tile.rows))
+        return
+    q, to_out = (_by_tile(x[b, :, :, tile.rows], tile) for x in (acc.q, acc.out))
+    to_lse = _by_tile(acc.lse[b, :, :, tile.rows].unsqueeze(-1), tile)[..., 0]
+    parts = (_panel_part(q, acc.k[b], acc.v[b], panel, scale, guard) for panel in tile.panels)
     out, lse = next(parts)
     for part in parts:
         merge_into(out, lse, *part)
-    return out, lse
+    acc.put_into(to_out, to_lse, out, lse)
+
+
+def _by_tile(rows: Tensor, tile: Tile) -> Tensor:
+    """[Hk, G, count * R, D] -> [count, Hk, G, R, D], a view."""
+    return torch.unflatten(rows, 2, (tile.count, tile.height)).permute(2, 0, 1, 3, 4)
+
+
+def _panel_part(
+    q: Tensor, k: Tensor, v: Tensor, panel: Panel, scale: float, guard: bool
+) -> tuple[Tensor, Tensor]:
+    keys, values = panel.of(k, len(q)), panel.of(v, len(q))
+    return dense_part(q, keys, values, scale, mask=panel.mask, causal=panel.causal, guard=guard)
 
 
 def _nothing(acc: Accumulator, rows: slice) -> tuple[Tensor, Tensor]:
@@ -162,13 +196,40 @@ def _plan(
     kept = sum(_num_kept(span, rows) for span in spans)
     if num_rows == 1:
         return SpanPlan((), tuple(_runs(spans, start)), kept, kept, None)
-    tiles, computed = [], 0
+    tiles: list[Tile] = []
+    computed = 0
     for r0, r1 in _tile_rows(start, num_rows, pattern):
         pieces = [piece for span in spans for piece in _pieces(span, rows, r0, r1)]
         panels = tuple(_panel(piece, dtype, device) for piece in pieces)
         computed += sum(computed_elements(r1 - r0, p.b - p.a, p.causal) for p in pieces)
-        tiles.append(Tile(slice(r0, r1), panels))
-    return SpanPlan(tuple(tiles), (), kept, computed, _masked_range(tiles))
+        tiles.append(Tile(r0, r1 - r0, 1, panels))
+    return SpanPlan(tuple(_batched(tiles)), (), kept, computed, _masked_range(tiles))
+
+
+def _batched(tiles: Sequence[Tile]) -> Iterator[Tile]:
+    """Runs of tiles that differ by a constant advance of their panels, as one tile each."""
+    batch = tiles[0]
+    for tile in tiles[1:]:
+        longer = _extended(batch, tile)
+        if longer is None:
+            yield batch
+        batch = longer or tile
+    yield batch
+
+
+def _extended(batch: Tile, tile: Tile) -> Tile | None:
+    """The batch with the tile that follows it, or None where it does not fit."""
+    fits = tile.height == batch.height and len(tile.panels) == len(batch.panels)
+    if not fits or tile.height * (batch.count + 1) > _BATCH_ROWS:
+        return None
+    panels = []
+    for old, new in zip(batch.panels, tile.panels, strict=True):
+        advance = new.a - old.a if batch.count == 1 else old.advance
+        moved = replace(old, a=old.a + batch.count * advance, b=old.b + batch.count * advance, advance=0)
+        if advance < 0 or moved != new:
+            return None
+        panels.append(replace(old, advance=advance))
+    return Tile(batch.row, batch.height, batch.count + 1, tuple(panels))
 
 
 def _num_kept(span: Span, rows: Ints) -> int:
@@ -245,12 +306,12 @@ def _piece(span: Span, lo: Ints, hi: Ints, position: int, a: int, b: int) -> _Pi
 
 
 def _panel(piece: _Piece, dtype: torch.dtype, device: torch.device) -> Panel:
-    keys = _series(piece.span, piece.a, piece.b)
+    panel = Panel(piece.span.first, piece.span.step, piece.a, piece.b, causal=piece.causal)
     if piece.full or piece.causal:
-        return Panel(keys, causal=piece.causal)
+        return panel
     width = piece.b - piece.a
     key = ("span", piece.lo.tobytes(), piece.hi.tobytes(), piece.own, width, dtype, device)
-    return Panel(keys, MASKS.get(key, lambda: _edge_mask(piece, width, dtype, device)))
+    return replace(panel, mask=MASKS.get(key, lambda: _edge_mask(piece, width, dtype, device)))
 
 
 def _edge_mask(piece: _Piece, width: int, dtype: torch.dtype, device: torch.device) -> Mask:
@@ -263,5 +324,9 @@ def _edge_mask(piece: _Piece, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def _masked_range(tiles: Sequence[Tile]) -> slice | None:
-    ragged = [p.keys for tile in tiles for p in tile.panels if p.mask is not None or p.causal]
-    return slice(min(k.start for k in ragged), max(k.stop for k in ragged)) if ragged else None
+    ragged = [p for tile in tiles for p in tile.panels if p.mask is not None or p.causal]
+    if not ragged:
+        return None
+    return slice(
+        min(p.first + p.a * p.step for p in ragged), max(p.first + (p.b - 1) * p.step + 1 for p in ragged)
+    )

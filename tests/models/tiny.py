@@ -15,7 +15,7 @@ from kernels.registry import load as load_backend
 from models.contract import Choice, ModelInfo, Slice
 from models.network import build_network
 from models.rotary import replace_rotary
-from models.runner import Model, SequenceCache
+from models.runner import Model, OpenSequence
 from models.seam import NAME, register
 from models.self_test import self_test
 
@@ -153,7 +153,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
     return torch.randint(5, VOCAB, (n,), generator=generator).tolist()
 
 
-def read(model: Model, ids: list[int], wanted: Choice, state: SequenceCache | None = None) -> Tensor:
+def read(model: Model, ids: list[int], wanted: Choice, state: OpenSequence | None = None) -> Tensor:
     """Hidden states [n, E] of one sequence read in one step."""
     state = state or model.open(len(ids))
     result = model.step([Slice(state, ids, wanted, "hidden", len(ids))]).results[0]
