@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,6 +75,10 @@ class Model:
                 f"backend {choice.backend!r} needs parameters that {self._info.name!r} does not carry"
             )
         return reasons
+
+    def with_max_tokens(self, max_tokens: int) -> Model:
+        """The same network under another limit: what a longer document costs, whatever its quality."""
+        return Model(self._network, replace(self._info, max_tokens=max_tokens), self._tokenizer)
 
     def open(self, capacity: int) -> OpenSequence:
         """A new sequence with room for ``capacity`` tokens. ValueError beyond the model's limit."""

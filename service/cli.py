@@ -112,7 +112,9 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    print(backends_markdown() if options.markdown else "\n".join(table_lines(_BACKENDS_HEAD, _backend_rows())))
+    print(
+        backends_markdown() if options.markdown else "\n".join(table_lines(_BACKENDS_HEAD, _backend_rows()))
+    )
     return 0
 
 
@@ -123,7 +125,7 @@ def _backend_rows() -> list[tuple[str, ...]]:
     from kernels.api import describe
     from kernels.registry import BACKENDS
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in BACKENDS:
         told = describe(name)
         can = told["capabilities"]
@@ -168,7 +170,9 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[s
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]
+        ).rstrip()
         for line in lines
     ]
 

@@ -25,7 +25,7 @@ from kernels.math.random_keys import RandomParams, block_draws, row_draws
 from kernels.math.spans import Span, SpanPattern
 
 _EDGE_ROWS = 8192
-_DRAWS_AT_ONCE = 1 << 16
+_DRAWS_AT_ONCE = 1 << 15
 
 
 def add_random(acc: Accumulator, params: RandomParams, base: SpanPattern | None) -> None:

@@ -238,6 +238,20 @@ def _num_kept(span: Span, rows: Ints) -> int:
 
 
 def _runs(spans: Sequence[Span], position: int) -> Iterator[slice]:
+    """The keys of a single row as few slices: neighbours are joined."""
+    pending: slice | None = None
+    for run in sorted(_pieces_of_row(spans, position), key=lambda run: (run.step, run.start)):
+        if pending is not None and run.step == pending.step == 1 and run.start == pending.stop:
+            pending = slice(pending.start, run.stop, 1)
+            continue
+        if pending is not None:
+            yield pending
+        pending = run
+    if pending is not None:
+        yield pending
+
+
+def _pieces_of_row(spans: Sequence[Span], position: int) -> Iterator[slice]:
     for span in spans:
         lo, hi = int(span.lo[0]), int(span.hi[0])
         holed = span.hole and lo <= position < hi
