@@ -240,7 +240,9 @@ def _count(work: Work, stats: Stats, layer: LayerPlan) -> None:
     if layer.window is not None:  # what the network itself declares local costs the same under every choice
         work.flops_exact += layer.flops_per_pair * stats.pairs_computed
         return
-    work.flops_exact += layer.flops_per_pair * stats.pairs_exact
+    # A choice that keeps every pair is exact: what it computes beyond them, on the diagonal's tiles, is no saving lost.
+    keeps_all = stats.pairs_kept == stats.pairs_exact
+    work.flops_exact += layer.flops_per_pair * (stats.pairs_computed if keeps_all else stats.pairs_exact)
     work.pairs_kept += stats.pairs_kept
     work.pairs_exact += stats.pairs_exact
     work.pairs_computed += stats.pairs_computed

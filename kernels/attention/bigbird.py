@@ -1,6 +1,6 @@
 """BigBird: a sliding window, global tokens and random keys together.
 
-    A_i = window(window, global_tokens)_i and random(num_random, block_size)_i
+    A_i = window(window, global_tokens)_i  ∪  random(num_random, block_size)_i
 
 Zaheer et al., "Big Bird: transformers for longer sequences" (arXiv 2007.14062), section 2, in terms of
 elements instead of the paper's blocks; Yun et al. (arXiv 2006.04862), pattern BIGBIRD. Cost O(N (window +
