@@ -240,7 +240,7 @@ def _count(work: Work, stats: Stats, layer: LayerPlan) -> None:
     if layer.window is not None:  # what the network itself declares local costs the same under every choice
         work.flops_exact += layer.flops_per_pair * stats.pairs_computed
         return
-    # A choice that keeps every pair is exact: what it computes beyond them, on the diagonal's tiles, is no saving lost.
+    # A choice that keeps every pair is exact, and what it computes beyond them is exact's own cost.
     keeps_all = stats.pairs_kept == stats.pairs_exact
     work.flops_exact += layer.flops_per_pair * (stats.pairs_computed if keeps_all else stats.pairs_exact)
     work.pairs_kept += stats.pairs_kept

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from service.cli import backends_markdown
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""A real server with the demo models, started once as a user starts it: ``longreach serve`` in its own process."""
+"""A real server with the demo models, started as a user starts it: ``longreach serve`` in its own process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address, and ``post``/``get`` that fail the test on anything but the status asked for."""
+    """A running server: ``post`` and ``get`` fail the test on any other status than the one asked for."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -64,7 +64,9 @@ def serve(tmp: Path, *args: str) -> Iterator[Server]:
     port, log = free_port(), tmp / "server.log"
     command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), *args]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ), cwd=tmp)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ), cwd=tmp
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(url, process, log)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from tests.e2e.conftest import Server
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
