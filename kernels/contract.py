@@ -118,6 +118,34 @@ class Execute(Protocol):
 
 
 @dataclass(frozen=True)
+class CallShape:
+    """The sizes of one ``attend`` call before it runs: ``num_rows`` queries, the last of ``num_keys``
+    positions (bidirectional: all of them), of one sequence."""
+
+    num_rows: int
+    num_keys: int
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    causal: bool
+    on_cpu: bool = True
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes that a call takes beyond q, k, v and what it returns."""
+
+    live_bytes: int
+    """At once while the call runs, free again afterwards."""
+    kept_bytes: int = 0
+    """Left in the selection caches by every layer: drawn keys."""
+    shared_bytes: int = 0
+    """Left in the selection caches once for all layers: masks."""
+
+
+@dataclass(frozen=True)
 class Backend:
     """One attention method: the object every file in ``kernels/attention`` ends with."""
 
@@ -129,6 +157,8 @@ class Backend:
     capabilities: Capabilities
     impls: dict[str, Execute]
     """At least ``reference`` and ``torch``."""
+    workspace: Callable[[Any, CallShape], Workspace]
+    """What impl ``torch`` takes for these params and sizes: what ``models.memory`` predicts requests with."""
     conditions: str = ""
     """What the paper's theory does and does not promise here, in a sentence or two."""
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])

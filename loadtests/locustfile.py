@@ -6,9 +6,10 @@
 80 % of the documents are short (up to 512 tokens), 15 % medium (up to 8,192), 5 % long (up to the model's
 limit). Requests are named by endpoint, length class and backend ("generate short [window]"), so that
 percentiles of unlike work never mix. ``--arrival-rate`` sends them at Poisson times whether or not earlier
-ones were answered: a closed loop of waiting users hides overload. The exit code is 1 where a request failed
-or none was answered, 2 where the run could not begin. 429 with Retry-After is back-pressure and counted
-apart; without it, it is a failure. Users are dealt to the endpoints in turn: fewer than three leave some out.
+ones were answered: a closed loop of waiting users hides overload. The exit code is 1 where a request failed,
+none was answered or some were unanswered at the end (``--stop-timeout`` waits for them, ``--max-unanswered``
+allows some), 2 where the run could not begin. 429 with Retry-After is back-pressure and counted apart;
+without it, it is a failure. Users are dealt to the endpoints in turn: fewer than three leave some out.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-in-flight", type=int, default=256, help="with --arrival-rate: requests in flight at the most")
     add("--request-timeout", type=float, default=600.0, help="seconds until a request counts as failed")
     add("--wait-ready", type=float, default=60.0, help="seconds to wait for /readyz before the run")
+    add("--max-unanswered", type=int, default=0, help="requests that may still be in flight at the end")
     add("--report-file", default="", help="write the summary there as JSON")
     add("--load-seed", type=int, default=0, help="seed of lengths, texts, backends and arrival times")
     add("--api-key", default="", help="sent as Bearer token", env_var="LONGREACH_API_KEY", is_secret=True)

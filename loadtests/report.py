@@ -102,8 +102,10 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 class Report:
-    def __init__(self) -> None:
+    def __init__(self, max_unanswered: int = 0) -> None:
         self.rows: dict[Key, Row] = {}
+        self.max_unanswered = max_unanswered
+        """Requests that may be in flight when the run ends without failing it."""
         self.started = 0
         self.not_sent = 0
         """Arrivals of an open-loop run that found as many requests in flight as the run allows."""
@@ -121,7 +123,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return self.count("failed") == 0 and self.count("answered") > 0
+        """Nothing failed, something was answered, and nothing was left hanging beyond what is allowed."""
+        in_time = self.unanswered <= self.max_unanswered
+        return in_time and self.count("failed") == 0 and self.count("answered") > 0
 
     def lines(self, duration_s: float) -> list[Line]:
         return [_line(key, row, duration_s) for key, row in sorted(self.rows.items())]
@@ -131,6 +135,7 @@ class Report:
             "duration_s": round(duration_s, 3),
             "started": self.started,
             "unanswered": self.unanswered,
+            "max_unanswered": self.max_unanswered,
             "not_sent": self.not_sent,
             "passed": self.passed,
             "rows": [asdict(line) for line in self.lines(duration_s)],
@@ -167,6 +172,11 @@ class Report:
             notes += [f"{_title(key)}: {count}x {reason}" for reason, count in row.reasons.most_common(5)]
         if not self.count("answered"):
             notes.append("no request was answered")
+        if self.unanswered > self.max_unanswered:
+            notes.append(
+                f"{self.unanswered} requests got no answer; --max-unanswered allows {self.max_unanswered} "
+                "(--stop-timeout gives them longer)"
+            )
         return notes
 
 

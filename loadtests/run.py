@@ -25,7 +25,7 @@ class Run:
     def begin(self) -> None:
         """Forget what was measured; the draws begin anew from the seed."""
         self.random = random.Random(self.options.load_seed)
-        self.report = Report()
+        self.report = Report(self.options.max_unanswered)
         self._started = time.perf_counter()
         self._ended: float | None = None
 

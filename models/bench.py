@@ -77,7 +77,7 @@ def read_once(model: str, backend: str, tokens: int, chunk_tokens: int) -> Readi
         total.add(step.results[0].work)
     seconds = perf_counter() - began
     measured = [peak for peak in peaks if peak is not None]
-    estimated = loaded.estimate_bytes(tokens, 0, choice, chunk)
+    estimated = loaded.estimate_bytes(tokens, int(loaded.info.causal), choice, chunk)
     density = total.pairs_kept / total.pairs_exact
     return Reading(backend, tokens, seconds, max(measured, default=None), estimated, density)
 

@@ -131,7 +131,8 @@ class Tokenizer(Protocol):
         """One token as text, for log-probability tables."""
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The model's own chat template applied, generation prompt added. ModelError where it has none."""
+        """The model's own chat template applied, generation prompt added. ModelError where it has none,
+        ValueError where the template refuses the messages."""
 
 
 @dataclass(frozen=True)

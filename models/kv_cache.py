@@ -41,6 +41,7 @@ class Cache:
         self.capacity = capacity
         self._dtype, self._device = dtype, device
         self._views: list[tuple[Tensor, Tensor]] = []
+        self._written = [0] * len(self._shapes)
         self._closed = False
 
     @property
@@ -51,7 +52,12 @@ class Cache:
 
     @property
     def held_bytes(self) -> int:
-        return self.full_bytes if self._views else 0
+        """Bytes that take up memory: of a CPU's buffer what has been written, as its other pages were never
+        touched; of any other device's the whole."""
+        if not self._views or self._device.type != "cpu":
+            return self.full_bytes if self._views else 0
+        written = zip(self._shapes, self._written, strict=True)
+        return sum(shape.elements_per_token * rows for shape, rows in written) * self._dtype.itemsize
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1."""
@@ -60,6 +66,7 @@ class Cache:
         keys, values = self._views[layer]
         keys[:, start : start + k.shape[1]].copy_(k)
         values[:, start : start + v.shape[1]].copy_(v)
+        self._written[layer] = max(self._written[layer], start + k.shape[1])
 
     def keys_values(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first ``length`` positions: keys [1, Hk, length, D], values [1, Hk, length, Dv]."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from kernels.contract import CallShape, Workspace
+from kernels.math.workspace import selection_bytes
+from kernels.registry import load as load_backend
+from models.contract import Choice
 from models.head import ROWS_AT_ONCE
 from models.plan import ModelPlan
-from models.seam import LayerPlan
+from models.seam import LayerPlan, window_params
 
 MEASURED_FROM_TOKENS = 512
 """Below this many tokens a step's memory drowns in the allocator's noise, and measuring would cost more than
@@ -103,39 +108,72 @@ class Sizes:
     vocab_size: int
     """0 where there is no language-model head."""
     itemsize: int
+    on_cpu: bool
 
     @property
     def cache_bytes_per_token(self) -> int:
         return sum(shape.elements_per_token for shape in self.plan.shapes) * self.itemsize
 
 
-def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, chunk_tokens: int) -> int:
+def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
     """Peak bytes of one request: its cache, and the activations of its largest step.
 
-    A decoder reads ``chunk_tokens`` at a time, an encoder everything at once. Within a step the largest
-    moment is one layer's MLP or one layer's attention; the residual stream and the embeddings' leftovers stay
-    beside it.
+    A decoder reads ``chunk_tokens`` at a time, an encoder everything at once; the last chunk sees most keys.
+    Within a step the largest moment is one layer's MLP, its projections, or its attention kernel under the
+    chosen backend; the residual stream stays beside it, and so do the selections (masks, drawn keys) that the
+    step leaves in the kernels' caches. What earlier steps left there is not counted: those caches are bounded
+    for the whole process.
     """
     rows = min(tokens, chunk_tokens) if sizes.plan.causal else tokens
     cache = sizes.cache_bytes_per_token * (tokens + new_tokens) if sizes.plan.causal else 0
-    return cache + int(HEAP_FACTOR * (rows * _bytes_per_row(sizes) + _head_bytes(sizes, rows)))
+    calls = [_workspace(sizes, layer, choice, rows, tokens) for layer in sizes.plan.layers]
+    head = _head_bytes(sizes, 1 if new_tokens else rows)
+    return cache + selection_bytes(calls) + int(HEAP_FACTOR * (_activations(sizes, rows, calls) + head))
 
 
-def _bytes_per_row(sizes: Sizes) -> int:
-    attention = max(_attention_elements(layer) for layer in sizes.plan.layers)
+def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: int) -> Workspace:
+    """What the layer's kernel takes for the step's rows: the choice's, or that of the layer's own window."""
+    shape = layer.shape
+    call = CallShape(
+        num_rows=rows,
+        num_keys=keys,
+        num_heads=layer.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        key_dim=shape.key_dim,
+        value_dim=shape.value_dim,
+        itemsize=sizes.itemsize,
+        causal=layer.causal,
+        on_cpu=sizes.on_cpu,
+    )
+    if layer.window is not None:
+        return load_backend("window").workspace(window_params(layer.window), call)
+    return load_backend(choice.backend).workspace(choice.params, call)
+
+
+def _activations(sizes: Sizes, rows: int, calls: Sequence[Workspace]) -> int:
     residual = 3 * sizes.hidden_size  # the stream, its normed copy, and the sum being formed
     mlp = 3 * sizes.intermediate_size  # gate, up, and their product
-    return (residual + max(attention, mlp)) * sizes.itemsize
+    moments = [rows * mlp * sizes.itemsize]
+    for layer, call in zip(sizes.plan.layers, calls, strict=True):
+        moments.append(rows * _projected(layer) * sizes.itemsize)
+        moments.append(rows * _around_kernel(layer) * sizes.itemsize + call.live_bytes)
+    return rows * residual * sizes.itemsize + max(moments)
 
 
-def _attention_elements(layer: LayerPlan) -> int:
-    """Elements per row that exist at once around one layer's attention."""
+def _projected(layer: LayerPlan) -> int:
+    """Elements per row that exist at once while queries and keys are rotated."""
     shape = layer.shape
     queries = 3 * layer.num_heads * shape.key_dim  # projected, rotated, and the rotation's intermediate
-    keys_values = shape.num_kv_heads * (2 * shape.key_dim + shape.value_dim)
-    outputs = 2 * layer.num_heads * shape.value_dim  # as the kernel gives it, and laid out for the projection
-    return queries + keys_values + outputs
+    return queries + shape.num_kv_heads * (2 * shape.key_dim + shape.value_dim)
+
+
+def _around_kernel(layer: LayerPlan) -> int:
+    """Elements per row beside the kernel's own: queries, keys, values, and the answer of the whole pack."""
+    shape = layer.shape
+    queries_and_answer = layer.num_heads * (shape.key_dim + shape.value_dim)
+    return queries_and_answer + shape.elements_per_token
 
 
 def _head_bytes(sizes: Sizes, rows: int) -> int:
+    """Logits and their fp32 copy; a request that generates wants those of one row."""
     return 2 * min(rows, ROWS_AT_ONCE) * sizes.vocab_size * 4

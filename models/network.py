@@ -64,7 +64,8 @@ def build_network(network: Any, max_tokens: int, position_offset: int = 0) -> Ne
 
 def _sizes(body: Any, plan: ModelPlan, logits_size: int) -> Sizes:
     hidden = int(body.config.hidden_size)
-    return Sizes(plan, hidden, _widest_output(body, hidden), logits_size, body.dtype.itemsize)
+    on_cpu = torch.device(body.device).type == "cpu"
+    return Sizes(plan, hidden, _widest_output(body, hidden), logits_size, body.dtype.itemsize, on_cpu)
 
 
 def _widest_output(body: nn.Module, hidden: int) -> int:

@@ -110,9 +110,9 @@ class Model:
         return StepResult(results, peak.read())
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
-        """Peak bytes of one request without the weights: its cache and the activations of its largest
-        step."""
-        return estimate_bytes(self._network.sizes, tokens, new_tokens, chunk_tokens)
+        """Peak bytes of one request without the weights: its cache, and the activations of its largest
+        step under this attention."""
+        return estimate_bytes(self._network.sizes, tokens, new_tokens, choice, chunk_tokens)
 
 
 def _state(s: Slice) -> OpenSequence:

@@ -80,7 +80,7 @@ class TextTokenizer:
             text = self._wrapper.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ValueError(f"the model's chat template refused the messages: {error}") from error
         return str(text)
 

@@ -54,6 +54,10 @@ class Stats(BaseModel):
     prefill_ms: float
     decode_ms: float
     time_to_first_token_ms: float | None
+    selection_ms: float = Field(
+        description="choosing what attention looks at, summed over layers and sequences"
+    )
+    attention_ms: float = Field(description="attention with its selection, summed over layers and sequences")
     total_ms: float
     batch_size: int = Field(description="requests in the fullest step that this one shared")
     batch_tokens: int
@@ -164,6 +168,7 @@ def stats_of(job: Job, record: Record, now: float) -> Stats:
     first_step = times.first_step if times.first_step is not None else now
     ended = times.ended if times.ended is not None else now
     prefill_end = times.first_token if times.first_token is not None else ended
+    work = _sum([part for s in job.sequences for part in (s.prefill_work, s.decode_work)])
     waited = None if times.first_token is None else _ms(times.first_token - times.arrival)
     return Stats(
         queue_ms=_ms(first_step - times.submitted),
@@ -171,6 +176,8 @@ def stats_of(job: Job, record: Record, now: float) -> Stats:
         prefill_ms=_ms(prefill_end - first_step),
         decode_ms=_ms(ended - prefill_end),
         time_to_first_token_ms=waited,
+        selection_ms=round(work.selection_ms, 3),
+        attention_ms=round(work.attention_ms, 3),
         total_ms=_ms(now - times.arrival),
         batch_size=job.batch_requests,
         batch_tokens=job.batch_tokens,

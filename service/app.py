@@ -17,7 +17,7 @@ from service import problems
 from service.gate import Gate
 from service.routes import encode, generate, health, info, openai_embeddings, openai_text, score
 from service.runtime import Runtime
-from service.settings import Settings
+from service.settings import Settings, resolved
 
 LAG_PROBE_S = 0.5
 ROUTERS = (encode, generate, score, openai_embeddings, openai_text, info, health)
@@ -33,7 +33,8 @@ def create_app(
     start: Start | None = None,
 ) -> FastAPI:
     """The service over ``models``, ready at once; or over what ``start`` loads while the port is already
-    open."""
+    open. ConfigError where the settings' device is not there."""
+    settings = resolved(settings)
     runtime = Runtime(settings, clock)
     app = FastAPI(
         title="Longreach",
@@ -54,7 +55,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],
             expose_headers=["*"],
         )
     _document_problems(app)

@@ -95,10 +95,10 @@ class Engine:
     def healthy(self) -> bool:
         return self._thread.is_alive() and not self._failed
 
-    def check_room(self) -> None:
-        """429 where the queue is full already: asked before a request is tokenised."""
+    def check_room(self, requests: int = 1) -> None:
+        """429 where the queue has no room for ``requests`` more: asked before a request is tokenised."""
         with self._changed:
-            self._reject(lambda: self._scheduler.check_room())
+            self._reject(lambda: self._scheduler.check_room(requests))
 
     def submit(self, job: Job) -> None:
         """Queue a request, or ApiError (429, 413, 503)."""
@@ -110,7 +110,7 @@ class Engine:
                     "engine_unhealthy", "The engine has stopped after a failure; restart the server."
                 )
             entries = [self._entry(job, sequence) for sequence in job.sequences]
-            self._reject(lambda: self._scheduler.admit(entries), job)
+            self._reject(lambda: self._admit(job, entries), job)
             self._jobs[job.id] = job
             for entry, sequence in zip(entries, job.sequences, strict=True):
                 self._owners[entry.key] = (job, sequence)
@@ -159,6 +159,14 @@ class Engine:
         )
         return sequence.entry
 
+    def _admit(self, job: Job, entries: list[Entry]) -> None:
+        """Queue the request, or Rejected: its last input must still fit beside what the others leave."""
+        outputs = sum(sequence.output_bytes for sequence in job.sequences)
+        needed = outputs + max(s.estimated_bytes - s.output_bytes for s in job.sequences)
+        if needed > self._limits.memory_bytes:
+            raise Rejected("never_fits", value=needed, limit=self._limits.memory_bytes)
+        self._scheduler.admit(entries)
+
     def _reject(self, admit: Callable[[], None], job: Job | None = None) -> None:
         try:
             admit()
@@ -198,7 +206,7 @@ class Engine:
         if not parts:
             return
         jobs = {part.job for part in parts}
-        held_before = sum(job.held_bytes for job in jobs)
+        held_before = {job: job.held_bytes for job in jobs}
         results, peak_bytes = self._forward(parts)
         now = self.clock()
         with self._changed:
@@ -206,8 +214,7 @@ class Engine:
         for job in jobs:
             job.batch_requests = max(job.batch_requests, len(jobs))
             job.batch_tokens = max(job.batch_tokens, step.tokens)
-            own_peak = None if peak_bytes is None else held_before + peak_bytes
-            job.memory.note(step.tokens, own_peak, shared=len(jobs) > 1)
+            job.memory.note(held_before[job], job.held_bytes, peak_bytes, shared=len(jobs) > 1)
         for part, result in zip(parts, results, strict=True):
             self._deliver(part, result, now)
         self._observe(StepSeen(step.model, len(jobs), step.tokens, now - started))
@@ -274,6 +281,8 @@ class Engine:
             self._owners.pop(entry.key, None)
             if job.complete:
                 self._end(job, None)
+            else:
+                _hand_on(job, sequence)
 
     def _fail(self, job: Job, error: Exception) -> None:
         log_failure(log, f"request {job.id} failed", error)
@@ -303,3 +312,16 @@ class Engine:
                 self._scheduler.release(sequence.entry)
                 self._owners.pop(sequence.entry.key, None)
         self._closing.clear()
+
+
+def _hand_on(job: Job, sequence: Sequence) -> None:
+    """What a finished input leaves for the answer stays reserved: an input that is not done answers for it,
+    one that runs before one that waits."""
+    if not sequence.output_bytes:
+        return
+    pending = [other for other in job.sequences if not other.finished]
+    heir = next((other for other in pending if other.state is not None), pending[0])
+    heir.output_bytes += sequence.output_bytes
+    if heir.entry is not None:
+        heir.entry.bytes += sequence.output_bytes
+    sequence.output_bytes = 0

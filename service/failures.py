@@ -23,7 +23,8 @@ def refusal_of(error: Rejected, job: Job | None) -> ApiError:
     """The scheduler's refusal, with the numbers and the way out."""
     if error.reason == "never_fits" and job is not None:
         largest = max(job.sequences, key=lambda sequence: sequence.estimated_bytes)
-        estimated, exact = largest.estimated_bytes, largest.exact_bytes
+        estimated = error.value  # with what the other inputs leave for the answer
+        exact = largest.exact_bytes + estimated - largest.estimated_bytes
         detail = (
             f"This request needs about {error.value:,} bytes at once with the attention asked for "
             f"({exact:,} with 'exact'); requests may hold {error.limit:,} (memory_limit_bytes). "

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as Items
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -27,6 +27,7 @@ from service.runtime import Runtime
 from service.sequences import Sequence, TokenOut
 
 T = TypeVar("T")
+FP32_BYTES = 4
 LARGE_ANSWER_VALUES = 4096
 """Numbers beyond which an answer is written in a worker thread."""
 
@@ -45,12 +46,25 @@ class Flow:
         self.record.model = model.info.name
         return model
 
-    async def tokenise(self, read: Callable[[], T]) -> T:
-        """``read`` in a worker thread, its time noted."""
-        started = self.runtime.clock()
-        result = await self.offload(read)
-        self.record.tokenize_s += self.runtime.clock() - started
-        return result
+    async def tokenise(self, read: Callable[[], T], timeout_ms: int | None = None) -> T:
+        """``read`` in a reader thread, its time noted. ApiError: 429 where too many wait already, 504 at the
+        deadline, 499 where the client leaves; what has not begun by then is never read."""
+        runtime = self.runtime
+        runtime.check_open()
+        started = runtime.clock()
+        reading = runtime.readers.submit(read)
+        limits = [limit for limit in self._deadlines(timeout_ms) if limit is not None]
+        try:
+            left_s = max(min(limits) - started, 0)
+            return await self._unless_gone(asyncio.wrap_future(reading), left_s, lambda: "queued")
+        except TimeoutError:
+            detail = (
+                "The request's deadline passed while its input was tokenised; raise timeout_ms or send less."
+            )
+            raise ApiError("deadline_exceeded", detail, stage="queued") from None
+        finally:
+            reading.cancel()
+            self.record.tokenize_s += runtime.clock() - started
 
     async def offload(self, work: Callable[[], T]) -> T:
         return await self.loop.run_in_executor(self.runtime.workers, work)
@@ -68,11 +82,8 @@ class Flow:
         """A job ready to submit: memory estimated, deadlines set."""
         record, arrival = self.record, self.record.started
         record.attention = attended.label
-        timeout_s = self.runtime.settings.timeout_s if timeout_ms is None else timeout_ms / 1e3
         job = Job(f"{prefix}{uuid.uuid4().hex}", model, sequences, Channel(), Times(arrival), stream=stream)
-        job.deadline = arrival + timeout_s
-        read_timeout_s = _read_timeout(self.request)
-        job.queue_deadline = arrival + read_timeout_s if read_timeout_s is not None else None
+        job.deadline, job.queue_deadline = self._deadlines(timeout_ms)
         chunk = self.runtime.settings.prefill_chunk_tokens
         for sequence in sequences:
             choices = {id(choice): choice for choice in (attended.prefill.choice, attended.decode.choice)}
@@ -80,6 +91,9 @@ class Flow:
                 _bytes(model, sequence, choice, chunk) for choice in choices.values()
             )
             sequence.exact_bytes = _bytes(model, sequence, exact_choice(), chunk)
+            sequence.output_bytes = sequence.kept_vectors * model.info.embedding_dim * FP32_BYTES
+            sequence.estimated_bytes += sequence.output_bytes
+            sequence.exact_bytes += sequence.output_bytes
         job.memory.estimated_bytes = sum(sequence.estimated_bytes for sequence in sequences)
         job.memory.exact_bytes = sum(sequence.exact_bytes for sequence in sequences)
         return job
@@ -100,26 +114,13 @@ class Flow:
     async def next_event(self, job: Job, timeout_s: float | None = None) -> TokenOut | None:
         """The next token, or None at the end, unless the client leaves first. TimeoutError after
         ``timeout_s``, with nothing lost."""
-        event = asyncio.ensure_future(job.channel.next())
-        gone = asyncio.ensure_future(self._client_gone())
         try:
-            done, _ = await asyncio.wait(
-                {event, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if event in done:
-                return event.result()
-            if gone in done:
-                raise ApiError("client_closed_request", "The client closed the request.", stage=job.stage)
-            raise TimeoutError
+            return await self._unless_gone(job.channel.next(), timeout_s, lambda: job.stage)
         except TimeoutError:
             raise
         except BaseException:
             self.abandon(job)
             raise
-        finally:
-            for task in (event, gone):
-                task.cancel()
-            await asyncio.gather(event, gone, return_exceptions=True)
 
     def abandon(self, job: Job) -> None:
         """End the job if it has not ended. Idempotent."""
@@ -144,14 +145,43 @@ class Flow:
                 self.runtime.metrics.fallback.labels(chosen.requested, used, "unsupported").inc()
         return self.runtime.clock()
 
-    async def respond(self, answer: BaseModel, values: int = 0, exclude: set[str] | None = None) -> Response:
-        """The answer as JSON; a large one is written off the event loop."""
+    async def respond(
+        self, build: Callable[[], BaseModel], values: int = 0, exclude: set[str] | None = None
+    ) -> Response:
+        """The answer as JSON; one of many ``values`` is built and written off the event loop."""
 
         def write() -> bytes:
-            return answer.model_dump_json(exclude=exclude).encode("utf-8")
+            return build().model_dump_json(exclude=exclude).encode("utf-8")
 
         content = await self.offload(write) if values > LARGE_ANSWER_VALUES else write()
         return Response(content, media_type="application/json")
+
+    def _deadlines(self, timeout_ms: int | None) -> tuple[float, float | None]:
+        """On the clock: of the whole request, and of its waiting where the client's SDK bounds that."""
+        arrival = self.record.started
+        timeout_s = self.runtime.settings.timeout_s if timeout_ms is None else timeout_ms / 1e3
+        read_timeout_s = _read_timeout(self.request)
+        return arrival + timeout_s, None if read_timeout_s is None else arrival + read_timeout_s
+
+    async def _unless_gone(
+        self, awaited: Awaitable[T], timeout_s: float | None, stage: Callable[[], str]
+    ) -> T:
+        """What ``awaited`` gives. ApiError 499 where the client leaves first, TimeoutError after
+        ``timeout_s``."""
+        event = asyncio.ensure_future(awaited)
+        gone = asyncio.ensure_future(self._client_gone())
+        both: set[asyncio.Future[Any]] = {event, gone}
+        try:
+            done, _ = await asyncio.wait(both, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if event in done:
+                return event.result()
+            if gone in done:
+                raise ApiError("client_closed_request", "The client closed the request.", stage=stage())
+            raise TimeoutError
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
 
     async def _client_gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from models.contract import ServedModel, Tokenizer
@@ -12,6 +13,7 @@ from service.errors import invalid
 from service.inputs import Tokens
 from service.sampling import SamplingParams
 from service.sequences import Ending, GenerateSequence, TokenOut
+from service.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,31 @@ def check_new_tokens(asked: int, limit: int, model: ServedModel, param: str) -> 
     bound = min(limit, model.info.max_tokens - 1)
     if asked > bound:
         raise invalid(f"{param} must be at most {bound} for model {model.info.name!r}", param, le=bound)
+
+
+def check_output(choices: int, wanted: Wanted, settings: Settings, param: str) -> None:
+    """400 where the answer could hold more numbers than ``max_output_values``: a token is one, its
+    log-probability and each alternative's add three."""
+    top = wanted.sampling.logprobs
+    values = choices * wanted.max_new_tokens * (1 if top is None else 4 + 3 * top)
+    if values > settings.max_output_values:
+        limit = settings.max_output_values
+        named = param if top is None else "logprobs"
+        detail = (
+            f"the answer could hold {values:,} numbers ({choices} choices of {wanted.max_new_tokens:,} tokens"
+            f"{'' if top is None else f' with {top} alternatives each'}); the limit is {limit:,} "
+            f"(max_output_values). Ask for fewer choices, a smaller {param} or fewer logprobs"
+        )
+        raise invalid(detail, named, max_output_values=limit, values=values)
+
+
+def num_values(sequences: Items[GenerateSequence]) -> int:
+    """Numbers that an answer of these holds, counted as ``check_output`` does."""
+    return sum(
+        1 if token.sampled.logprob is None else 4 + 3 * len(token.sampled.top)
+        for sequence in sequences
+        for token in sequence.tokens
+    )
 
 
 def choice_of(sequence: GenerateSequence, tokenizer: Tokenizer, truncated_tokens: int) -> Choice:

@@ -25,6 +25,8 @@ class Tokens:
     char_spans: list[tuple[int, int]]
     truncated_tokens: int = 0
     text: str | None = None
+    leading_tokens: int = 0
+    """Tokens before the client's own text where the model's prefix was put there: truncation keeps them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Reading:
         if not encoding.token_ids:
             raise ApiError("empty_input", f"{path} has no tokens; send other text.", param=path)
         spans = _without_prefix(encoding.char_spans, len(self.prefix))
-        return Tokens(list(encoding.token_ids), spans, text=text)
+        leading = next((i for i, span in enumerate(spans) if span != (0, 0)), len(spans))
+        return Tokens(
+            list(encoding.token_ids), spans, text=text, leading_tokens=leading if self.prefix else 0
+        )
 
     def _of_ids(self, token_ids: list[int], path: str) -> Tokens:
         if not token_ids:
@@ -102,21 +107,31 @@ class Reading:
             limits = {"max_tokens": limit, "tokens": length}
             raise ApiError("context_length_exceeded", detail, param=path, limits=limits)
         keep = kept_positions(tokens, self.model.info, limit, self.truncate)
+        if not keep:
+            taken = tokens.leading_tokens
+            detail = (
+                f"{path}: the prefix of input_type takes {taken:,} of the {limit:,} tokens of model "
+                f"{self.model.info.name!r} and leaves no room for text; leave input_type out"
+            )
+            raise invalid(detail, "input_type", max_tokens=limit, prefix_tokens=taken)
         ids = [tokens.token_ids[i] for i in keep]
         spans = [tokens.char_spans[i] for i in keep] if tokens.char_spans else []
-        return Tokens(ids, spans, length - len(ids), tokens.text)
+        return Tokens(ids, spans, length - len(ids), tokens.text, tokens.leading_tokens)
 
 
 def kept_positions(tokens: Tokens, info: ModelInfo, limit: int, truncate: Truncate) -> list[int]:
-    """Positions that stay: special tokens that the tokenizer put around the text, then its start or end."""
+    """Positions that stay: special tokens that the tokenizer put around the text, the model's prefix, then
+    the text's start or end. [] where these leave no room for text."""
     length, special = len(tokens.token_ids), set(info.special_token_ids)
 
     def added(i: int) -> bool:
         return bool(tokens.char_spans) and tokens.char_spans[i] == (0, 0) and tokens.token_ids[i] in special
 
-    head = 1 if added(0) and limit > 2 else 0
+    head = tokens.leading_tokens or (1 if added(0) and limit > 2 else 0)
     tail = 1 if added(length - 1) and limit > 2 else 0
     room = limit - head - tail
+    if room < 1:
+        return []
     body = range(head, head + room) if truncate == "end" else range(length - tail - room, length - tail)
     return [*range(head), *body, *range(length - tail, length)]
 

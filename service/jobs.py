@@ -4,6 +4,7 @@ on."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,7 +27,7 @@ class Channel:
 
     def put(self, events: Items[Event]) -> None:
         """From any thread. A loop that is gone has nobody to tell."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # what call_soon_threadsafe raises on a closed loop
             self._loop.call_soon_threadsafe(self._put_all, events)
 
     def _put_all(self, events: Items[Event]) -> None:
@@ -56,27 +57,24 @@ class Times:
 
 @dataclass
 class Memory:
-    """What the request held at its high-water mark, where its steps can say: the largest step must have been
-    measured and been its own."""
+    """What the request held at its high-water mark, where its steps can say: one of them at least must have
+    been measured, and none shared with another request."""
 
     estimated_bytes: int = 0
     exact_bytes: int = 0
     _peak: int = 0
-    _measured_tokens: int = 0
-    _largest_tokens: int = 0
+    _measured: bool = False
     _shared: bool = False
 
-    def note(self, tokens: int, peak_bytes: int | None, *, shared: bool) -> None:
+    def note(self, held_before: int, held_after: int, step_bytes: int | None, *, shared: bool) -> None:
+        """A step has run: bytes held before and after it, and what it took itself (None: not measured)."""
         self._shared = self._shared or shared
-        self._largest_tokens = max(self._largest_tokens, tokens)
-        if peak_bytes is not None and not shared:
-            self._measured_tokens = max(self._measured_tokens, tokens)
-            self._peak = max(self._peak, peak_bytes)
+        self._measured = self._measured or step_bytes is not None
+        self._peak = max(self._peak, held_after, held_before + (step_bytes or 0))
 
     @property
     def peak_bytes(self) -> int | None:
-        known = not self._shared and self._measured_tokens >= self._largest_tokens > 0
-        return self._peak if known else None
+        return self._peak if self._measured and not self._shared else None
 
 
 @dataclass(eq=False)
@@ -109,7 +107,7 @@ class Job:
 
     @property
     def held_bytes(self) -> int:
-        return sum(sequence.state.held_bytes for sequence in self.sequences if sequence.state is not None)
+        return sum(sequence.held_bytes for sequence in self.sequences)
 
     def note_token(self, now: float) -> None:
         if self.times.first_token is None:

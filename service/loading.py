@@ -91,7 +91,7 @@ async def warm_up(runtime: Runtime, model: ServedModel) -> None:
 
 def _sequence(model: ServedModel, ids: list[int]) -> Sequence:
     if "encode" in model.info.tasks and not model.info.causal:
-        return EncodeSequence(0, ids, exact_choice(), chunkable=False, last_only=False)
+        return EncodeSequence(0, ids, exact_choice(), chunkable=False, pooling="mean")
     ending = Ending(1, (), frozenset())
     return GenerateSequence(0, ids, exact_choice(), exact_choice(), model.tokenizer, SamplingParams(), ending)
 

@@ -10,8 +10,30 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 _FALLBACK_BYTES = 4 << 30
 
 
+class NoSuchDevice(ValueError):
+    """torch does not see the device; the message says what to ask for."""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as what this machine has; anything else as it is, once torch has been seen to have it."""
+    if device == "cpu":
+        return device
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if int(device.partition(":")[2] or 0) >= count:
+        raise NoSuchDevice(
+            f"{device!r} was asked for and torch sees {count} CUDA devices; use auto or cpu, or install a "
+            "torch built for this machine's GPU and driver"
+        )
+    return device
+
+
 def memory_bytes(device: str) -> int:
     """Bytes of memory of ``device``: the smaller of the machine's and the control group's for the CPU."""
+    device = resolve_device(device)
     if device.startswith("cuda"):
         import torch
 

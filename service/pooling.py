@@ -7,7 +7,9 @@ chunk that covers everything equals the document's own mean-pooled embedding."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,34 @@ class Chunk:
 
     token_range: tuple[int, int]
     char_range: tuple[int, int] | None
+
+
+class CharIndex:
+    """Which tokens a range of characters touches, and back, in O(log n) a question after one pass."""
+
+    def __init__(self, char_spans: list[tuple[int, int]]) -> None:
+        self._spans = char_spans
+        self._placed = [i for i, span in enumerate(char_spans) if span != (0, 0)]
+        self._visible = [i for i, (a, b) in enumerate(char_spans) if b > a]
+        # Monotone by construction, so that a normaliser that swaps neighbours cannot mislead a bisection.
+        self._ends = list(accumulate((char_spans[i][1] for i in self._placed), max))
+        starts = accumulate((char_spans[i][0] for i in reversed(self._placed)), min)
+        self._starts = list(starts)[::-1]
+
+    def tokens_of(self, first: int, end: int) -> tuple[int, int] | None:
+        """[first, end) in tokens of the characters [first, end); None where they hold no token."""
+        low, high = bisect_right(self._ends, first), bisect_left(self._starts, end)
+        return (self._placed[low], self._placed[high - 1] + 1) if low < high else None
+
+    def chars_of(self, first: int, end: int) -> tuple[int, int] | None:
+        """[first, end) in characters of the tokens [first, end); (0, 0) where all of them are special, None
+        for token-id inputs."""
+        if not self._spans:
+            return None
+        low, high = bisect_left(self._visible, first), bisect_left(self._visible, end)
+        if low >= high:
+            return (0, 0)
+        return (self._spans[self._visible[low]][0], self._spans[self._visible[high - 1]][1])
 
 
 def pool(hidden: Tensor, pooling: str) -> Tensor:
@@ -45,19 +75,24 @@ def finish(vectors: Tensor, dimensions: int | None, normalize: bool) -> list[flo
     return values
 
 
+def num_chunks(num_tokens: int, asked: LateChunking) -> int:
+    """How many parts an input of ``num_tokens`` will have, without making them."""
+    return len(_starts(num_tokens, asked)) if asked.spans is None else len(asked.spans)
+
+
 def chunks_of(tokens: Tokens, asked: LateChunking, path: str) -> list[Chunk]:
-    """The parts that a request asks for."""
+    """The parts that a request asks for. O(tokens + parts log tokens)."""
+    index = CharIndex(tokens.char_spans)
     if asked.spans is None:
-        assert asked.chunk_tokens is not None
-        step = asked.chunk_tokens - asked.overlap
-        length = len(tokens.token_ids)
-        last = max(length - asked.overlap, 1)
-        ranges = [(start, min(start + asked.chunk_tokens, length)) for start in range(0, last, step)]
-        return [Chunk(part, _chars(tokens, *part)) for part in ranges]
+        length, size = len(tokens.token_ids), asked.chunk_tokens or 0
+        ranges = [(start, min(start + size, length)) for start in _starts(length, asked)]
+        return [Chunk(part, index.chars_of(*part)) for part in ranges]
     if tokens.text is None:
         raise invalid(f"{path}: late_chunking.spans are characters, so they need text, not token ids", path)
+    chars = len(tokens.text)
     return [
-        _span(tokens, first, end, f"late_chunking.spans[{i}]") for i, (first, end) in enumerate(asked.spans)
+        _span(index, chars, first, end, f"late_chunking.spans[{i}]")
+        for i, (first, end) in enumerate(asked.spans)
     ]
 
 
@@ -71,20 +106,17 @@ def check_chunking(asked: LateChunking) -> None:
         )
 
 
-def _span(tokens: Tokens, first: int, end: int, path: str) -> Chunk:
-    chars = len(tokens.text or "")
+def _starts(num_tokens: int, asked: LateChunking) -> range:
+    assert asked.chunk_tokens is not None
+    return range(0, max(num_tokens - asked.overlap, 1), asked.chunk_tokens - asked.overlap)
+
+
+def _span(index: CharIndex, chars: int, first: int, end: int, path: str) -> Chunk:
     if not 0 <= first < end <= chars:
         raise invalid(
             f"{path} must be [first, end) with 0 <= first < end <= {chars} characters", path, max_chars=chars
         )
-    inside = [i for i, (a, b) in enumerate(tokens.char_spans) if a < end and b > first]
-    if not inside:
+    inside = index.tokens_of(first, end)
+    if inside is None:
         raise invalid(f"{path} covers no token (cut away, or blank text); choose another range", path)
-    return Chunk((inside[0], inside[-1] + 1), (first, end))
-
-
-def _chars(tokens: Tokens, first: int, end: int) -> tuple[int, int] | None:
-    spans = [span for span in tokens.char_spans[first:end] if span[1] > span[0]]
-    if not tokens.char_spans:
-        return None
-    return (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    return Chunk(inside, (first, end))

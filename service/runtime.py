@@ -12,6 +12,7 @@ from models.contract import Choice, ServedModel, Task
 from service.engine import Engine, StepSeen
 from service.errors import ApiError, invalid
 from service.metrics import Metrics
+from service.readers import Readers
 from service.scheduler import Limits
 from service.settings import Settings
 from service.validation import shown_name
@@ -34,16 +35,23 @@ class Runtime:
         self.in_flight = 0
         """Requests that work is being done for; a draining server waits for them."""
         self.models: Mapping[str, ServedModel] = {}
+        self.loaded_at: dict[str, int] = {}
+        """model -> when it was loaded, in Unix seconds."""
         self.supported: dict[str, tuple[str, ...]] = {}
         """model -> backends that it can run with default params."""
         self.engine = Engine(_limits(settings), clock, self._observe_step)
+        self.readers = Readers(num_threads=4)
+        """Tokenising."""
         self.workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="longreach-worker")
-        """Tokenising and the writing of large answers."""
+        """The writing of large answers."""
+        self.scraper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longreach-scraper")
+        """/metrics, which must answer when everything else is busy."""
         self.metrics.memory_limit.labels(settings.device).set(settings.memory_limit)
         self.metrics.memory_reserved.labels(settings.device).set(0)
 
     def add_models(self, models: Mapping[str, ServedModel]) -> None:
         for name, model in models.items():
+            self.loaded_at[name] = int(time.time())
             choices = (Choice(backend, load(backend).params()) for backend in BACKENDS)
             self.supported[name] = tuple(
                 choice.backend for choice in choices if not model.unsupported(choice)
@@ -67,7 +75,9 @@ class Runtime:
     def close(self) -> bool:
         """Stop engine and workers. True where the engine thread has ended."""
         self.set_phase("draining")
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.workers, self.scraper):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.readers.shutdown()
         return self.engine.stop()
 
     def check_serving(self) -> None:
@@ -83,9 +93,10 @@ class Runtime:
             raise ApiError("engine_unhealthy", "The engine has stopped after a failure; restart the server.")
 
     def check_open(self) -> None:
-        """As ``check_serving``, and 429 where the queue is full already."""
+        """As ``check_serving``, and 429 where the queue is full already. A request that is tokenised waits
+        too."""
         self.check_serving()
-        self.engine.check_room()
+        self.engine.check_room(1 + self.readers.num_reading)
 
     def model(self, name: str | None, task: Task | None) -> ServedModel:
         """The model of that name; without a name the only one that can do ``task``, or for ``encode`` the

@@ -50,6 +50,11 @@ class Entry:
     dropped: bool = False
     passed_steps: int = 0
 
+    @property
+    def holds_cache(self) -> bool:
+        """Keeps its place from step to step. What is read whole in one step holds nothing after it."""
+        return self.chunkable
+
 
 @dataclass(frozen=True)
 class Step:
@@ -88,10 +93,6 @@ class Scheduler:
     def reserved_bytes(self) -> int:
         return sum(entry.bytes for entry in self._running.values())
 
-    @property
-    def idle(self) -> bool:
-        return not self._waiting and not self._running
-
     def waiting(self, model: str | None = None) -> tuple[int, int]:
         """(requests, tokens) that wait, of one model or of all."""
         entries = [entry for entry in self._waiting.values() if model in (None, entry.model)]
@@ -124,15 +125,13 @@ class Scheduler:
             self._catch_up(entry.model)
             self._waiting[entry.key] = entry
 
-    def drop(self, job: str) -> list[Entry]:
+    def drop(self, job: str) -> None:
         """Forget a request: what waits leaves at once, what runs is never planned again and keeps its bytes
-        until ``release``. Returns the running ones."""
+        until ``release``."""
         for key in [key for key, entry in self._waiting.items() if entry.job == job]:
             del self._waiting[key]
-        dropped = [entry for entry in self._running.values() if entry.job == job]
-        for entry in dropped:
-            entry.dropped = True
-        return dropped
+        for entry in self._running.values():
+            entry.dropped = entry.dropped or entry.job == job
 
     def release(self, entry: Entry) -> None:
         """A running entry has ended and its memory is free."""
@@ -197,10 +196,11 @@ class Scheduler:
         started: list[tuple[Entry, int]] = []
         passed: list[Entry] = []
         reserved = self.reserved_bytes
+        places = self.limits.max_running - sum(entry.holds_cache for entry in self._running.values())
         long: Entry | None = None
         for entry in self._waiting.values():
-            if len(self._running) + len(started) >= self.limits.max_running:
-                break
+            if entry.holds_cache and places <= 0:
+                continue
             blocked = reserved + entry.bytes > self.limits.memory_bytes
             patient = entry.passed_steps < MAX_PASSED_STEPS
             if blocked and not patient:
@@ -224,6 +224,7 @@ class Scheduler:
                 continue
             started.append((entry, tokens))
             reserved += entry.bytes
+            places -= entry.holds_cache
             budget -= tokens
             must_read = False
         if long is not None and not started:

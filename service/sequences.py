@@ -45,6 +45,8 @@ class Sequence(ABC):
         self.finished = False
         self.estimated_bytes = 0
         self.exact_bytes = 0
+        self.output_bytes = 0
+        """Part of both estimates that stays until the whole request ends."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -54,6 +56,16 @@ class Sequence(ABC):
     @property
     def capacity(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def kept_vectors(self) -> int:
+        """Vectors [E] in fp32, one for each of so many tokens, that are kept for the answer."""
+        return 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held now between steps: the cache, and what is kept for the answer."""
+        return self.state.held_bytes if self.state is not None else 0
 
     def next_slice(self, state: SequenceState, tokens: int) -> Slice:
         """The next ``tokens`` of the prompt."""
@@ -74,32 +86,57 @@ class Sequence(ABC):
 
 
 class EncodeSequence(Sequence):
-    """Collects hidden states [n, E] fp32 of its tokens. A causal model reads it in chunks."""
+    """Pools the hidden states [n, E] of its tokens as they come, so that one vector is left of a finished
+    input; ``pooling`` "none" keeps them all, in fp32. A causal model reads it in chunks."""
 
     def __init__(
-        self, index: int, token_ids: list[int], choice: Choice, *, chunkable: bool, last_only: bool
+        self, index: int, token_ids: list[int], choice: Choice, *, chunkable: bool, pooling: str
     ) -> None:
         super().__init__(index, token_ids, choice)
         self.chunkable = chunkable
-        self._last_only = last_only
-        self._parts: list[Tensor] = []
+        self._pooling = pooling
+        self._rows = 0
+        self._kept: Tensor | None = None
+
+    @property
+    def kept_vectors(self) -> int:
+        return len(self.token_ids) if self._pooling == "none" else 0
+
+    @property
+    def held_bytes(self) -> int:
+        width = 0 if self._kept is None else self._kept.shape[-1] * self._kept.itemsize
+        return super().held_bytes + width * (self._rows if self._pooling == "none" else 1)
 
     def _want(self, start: int, tokens: int) -> Want:
         ends = start + tokens >= len(self.token_ids)
-        return "hidden" if ends or not self._last_only else "nothing"
+        return "hidden" if ends or self._pooling != "last" else "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
         self.prefill_work.add(result.work)
         if result.hidden is not None:
-            hidden = _finite(result.hidden, "hidden states")
-            self._parts.append((hidden[-1:] if self._last_only else hidden).to("cpu", torch.float32).clone())
+            self._take(_finite(result.hidden, "hidden states"))
         self.finished = read >= len(self.token_ids)
         return None
 
+    def _take(self, hidden: Tensor) -> None:
+        """The next rows [r, E] of the input."""
+        first, self._rows = self._rows, self._rows + len(hidden)
+        if self._pooling == "none":
+            if self._kept is None:
+                self._kept = torch.empty(len(self.token_ids), hidden.shape[1])
+            self._kept[first : self._rows] = hidden
+        elif self._pooling == "mean":
+            total = hidden.sum(0, keepdim=True, dtype=torch.float64).cpu()
+            self._kept = total if self._kept is None else self._kept + total
+        elif self._pooling == "last" or self._kept is None:
+            row = hidden[-1:] if self._pooling == "last" else hidden[:1]
+            self._kept = row.to("cpu", torch.float32).clone()
+
     @property
     def hidden(self) -> Tensor:
-        """[n, E], or [1, E] where only the last token was wanted."""
-        return torch.cat(self._parts)
+        """[n, E] fp32 where nothing is pooled, else the pooled [1, E]."""
+        assert self._kept is not None and self.finished, "the input has not been read yet"
+        return (self._kept / self._rows).float() if self._pooling == "mean" else self._kept
 
 
 class ScoreSequence(Sequence):

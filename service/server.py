@@ -16,7 +16,7 @@ import uvicorn
 from service import loading, logs
 from service.app import Start, create_app
 from service.runtime import Runtime
-from service.settings import ConfigError, Settings
+from service.settings import ConfigError, Settings, resolved
 
 EXIT_OK, EXIT_FAILED = 0, 1
 LAST_ANSWERS_S = 5
@@ -90,6 +90,7 @@ def serve(settings: Settings, start: Start = loading.start) -> int:
     """Serve until a signal; returns the exit status."""
     logs.configure(settings.log_level)
     refuse_other_kernels()
+    settings = resolved(settings)
     listener = open_socket(settings)
     app = create_app(settings, start=start)
     runtime: Runtime = app.state.runtime

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.machine import memory_bytes
+from service.machine import NoSuchDevice, memory_bytes, resolve_device
 
 ENV_PREFIX = "LONGREACH_"
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127}")
@@ -44,7 +44,11 @@ class Settings(BaseSettings):
         "auto", description="where demo models are fetched from"
     )
     cache_dir: Path | None = Field(None, description="where fetched and converted models are kept")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,2})?)$", description="cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$",
+        description="auto (cuda where torch sees one, else cpu), cpu, cuda or cuda:N",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of weights and activations"
     )
@@ -55,9 +59,9 @@ class Settings(BaseSettings):
     max_queue_requests: Positive = Field(256, description="requests that may wait before 429")
     max_queue_tokens: Positive = Field(1_048_576, description="prompt tokens that may wait before 429")
     max_running: Positive = Field(64, le=1024, description="sequences that hold a cache at once")
-    step_tokens: int = Field(1024, ge=16, le=1 << 20, description="token budget of one engine step")
+    step_tokens: int = Field(1024, ge=128, le=1 << 20, description="token budget of one engine step")
     prefill_chunk_tokens: int = Field(
-        512, ge=16, le=1 << 20, description="most tokens of one prompt in one step"
+        512, ge=128, le=1 << 20, description="most tokens of one prompt in one step; chunks end at each 128th"
     )
     memory_limit_bytes: Positive | None = Field(
         None, description="bytes that requests may hold; half the memory"
@@ -93,6 +97,12 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _home_is_meant(cls, value: Path | None) -> Path | None:
+        """A file or a quoted variable brings ``~`` as it was written."""
+        return None if value is None else value.expanduser()
 
     @field_validator("models")
     @classmethod
@@ -141,6 +151,15 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
+
+
+def resolved(settings: Settings) -> Settings:
+    """``settings`` with the device that ``auto`` means here. ConfigError where torch does not see the device
+    that was asked for."""
+    try:
+        return settings.model_copy(update={"device": resolve_device(settings.device)})
+    except NoSuchDevice as error:
+        raise ConfigError(f"device (--device, {ENV_PREFIX}DEVICE): {error}") from None
 
 
 def parse_model(item: str) -> tuple[str, str]:

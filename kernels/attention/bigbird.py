@@ -19,13 +19,14 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import accumulator, result
 from kernels.math.masked import masked_attention, positions
 from kernels.math.random_keys import BlockSize, num_random_problem, random_keep
 from kernels.math.random_part import add_random
 from kernels.math.spans import SpanPattern, add_spans, plan_for
 from kernels.math.window import window_keep, window_pattern
+from kernels.math.workspace import one_after_another, random_keys, windows
 
 
 class BigBirdParams(Params):
@@ -81,6 +82,20 @@ def _near(params: BigBirdParams, call: Call) -> SpanPattern:
     return window_pattern(params.window, params.global_tokens, full_rows, call.causal)
 
 
+def workspace(params: BigBirdParams, shape: CallShape) -> Workspace:
+    return one_after_another(
+        windows(shape, params.window, params.global_tokens),
+        random_keys(shape, params.num_random, params.block_size, base_edges=_cut_blocks(params, shape)),
+    )
+
+
+def _cut_blocks(params: BigBirdParams, shape: CallShape) -> int:
+    """Key blocks that the window or the global tokens share in part with a query block."""
+    L = params.block_size
+    edges = (1 + (params.window % L > 0)) * (1 if shape.causal else 2)
+    return edges + (params.global_tokens % L > 0)
+
+
 BACKEND = Backend(
     name="bigbird",
     summary="A sliding window, global tokens and random keys together (BigBird).",
@@ -96,6 +111,7 @@ BACKEND = Backend(
         complexity="O(N (window + global_tokens + num_random))",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Bidirectional and with at least one global token it meets Yun et al.'s three conditions with s = 2. "
         "In a causal model a token is reached by earlier ones only, the paper's s is infinite and its "

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.masked import masked_attention
 from kernels.math.spans import Ints, Span, SpanPattern, span_attention
+from kernels.math.workspace import panels
 
 _ONE_TILE = 1 << 40
 
@@ -50,6 +51,11 @@ def _earlier_keys(rows: Ints, num_keys: int) -> list[Span]:
 _ALL = SpanPattern(key="all", spans=_all_keys, tile=_ONE_TILE)
 _CAUSAL = SpanPattern(key="all", spans=_earlier_keys, tile=_ONE_TILE)
 
+
+def workspace(params: ExactParams, shape: CallShape) -> Workspace:
+    return panels(shape, shape.num_rows, shape.num_keys, parts=2 if shape.num_keys > shape.num_rows else 1)
+
+
 BACKEND = Backend(
     name="exact",
     summary="Softmax attention over every pair.",
@@ -59,5 +65,6 @@ BACKEND = Backend(
         causal=True, bidirectional=True, decode=True, exact=True, selection="none", complexity="O(N^2)"
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions="Nothing is approximated.",
 )

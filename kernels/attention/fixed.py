@@ -20,11 +20,12 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.combine import Combine, add_combined, combined_keep
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+from kernels.math.workspace import one_after_another, spans
 
 Spans = Callable[[Ints, int, int, bool], tuple[Span, Span]]
 _SUMMARY_TILE = 1024
@@ -105,6 +106,15 @@ def _union_spans(rows: Ints, num_keys: int, w: int, causal: bool) -> tuple[Span,
     return Span(first, hi), Span(np.zeros_like(rows), count, first=w - 1, step=w)
 
 
+def workspace(params: FixedParams, shape: CallShape) -> Workspace:
+    """Blocks, then summaries: every tile of summaries has a mask of its own."""
+    block_tile, num_summaries = _block_tile(params.stride), -(-shape.num_keys // params.stride)
+    return one_after_another(
+        spans(shape, block_tile, max(block_tile, params.stride), num_masks=4),
+        spans(shape, _SUMMARY_TILE, num_summaries, num_masks=-(-shape.num_rows // _SUMMARY_TILE) + 1),
+    )
+
+
 BACKEND = Backend(
     name="fixed",
     summary="The own block, and the last token of every block as its summary (sparse transformers).",
@@ -119,6 +129,7 @@ BACKEND = Backend(
         complexity="O(N stride + N^2 / stride)",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
         "reached within 2 layers (3 where a model's first layer has the summaries). In a causal model a "

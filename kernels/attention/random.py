@@ -21,12 +21,13 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import accumulator, result
 from kernels.math.masked import masked_attention, positions
 from kernels.math.random_keys import BlockSize, num_random_problem, random_keep
 from kernels.math.random_part import add_random
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+from kernels.math.workspace import one_after_another, random_keys, windows
 
 
 class RandomParams(Params):
@@ -71,6 +72,13 @@ def _own_position(rows: Ints, num_keys: int) -> list[Span]:
 
 _ITSELF = SpanPattern(key="itself", spans=_own_position, tile=64)
 
+
+def workspace(params: RandomParams, shape: CallShape) -> Workspace:
+    """Single keys have no base; whole blocks have one, the row itself, which cuts no earlier block."""
+    drawn = random_keys(shape, params.num_random, params.block_size, base_edges=0 if shape.causal else 1)
+    return drawn if params.block_size == 1 else one_after_another(windows(shape, 1, 0), drawn)
+
+
 BACKEND = Backend(
     name="random",
     summary="Each token sees itself and keys drawn at random, singly or in whole blocks.",
@@ -86,6 +94,7 @@ BACKEND = Backend(
         complexity="O(N num_random)",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Self loops hold; a Hamiltonian path and finite reachability are likely, not certain "
         "(bidirectional). In a causal model a token is reached by earlier ones only, Yun et al.'s s is "

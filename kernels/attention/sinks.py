@@ -17,10 +17,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import span_attention
 from kernels.math.window import window_keep, window_pattern
+from kernels.math.workspace import windows
 
 
 class SinksParams(Params):
@@ -43,6 +44,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: SinksParams, call: Call) -> 
     return span_attention(q, k, v, window_pattern(params.window, params.sinks, 0, call.causal), call)
 
 
+def workspace(params: SinksParams, shape: CallShape) -> Workspace:
+    return windows(shape, params.window, params.sinks)
+
+
 BACKEND = Backend(
     name="sinks",
     summary="A sliding window, and the first few tokens that models use as attention sinks (StreamingLLM).",
@@ -57,6 +62,7 @@ BACKEND = Backend(
         complexity="O(N (window + sinks))",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Visibility only: positions are not re-indexed. Bidirectional, it meets Yun et al.'s three "
         "conditions (arXiv 2006.04862), with as many layers as a window needs to cross the text: sinks are "

@@ -18,10 +18,11 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import Ints, Span, SpanPattern, span_attention
 from kernels.math.window import tile_height, window_keep, window_pattern
+from kernels.math.workspace import windows
 
 
 class StarParams(Params):
@@ -77,6 +78,10 @@ def _ring_spans(rows: Ints, relay: int, window: int) -> list[Span]:
     ]
 
 
+def workspace(params: StarParams, shape: CallShape) -> Workspace:
+    return windows(shape, params.window, 1)
+
+
 BACKEND = Backend(
     name="star",
     summary="A thin ring of neighbours and one relay token that sees and is seen by all.",
@@ -91,6 +96,7 @@ BACKEND = Backend(
         complexity="O(N window)",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions with s = 2 (every token within two layers, "
         "through the relay), so O(N) pairs suffice for their approximation theorem, given enough layers. In "

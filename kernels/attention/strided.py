@@ -20,13 +20,14 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.combine import Combine, add_combined, combined_keep
 from kernels.math.masked import masked_attention, positions
 from kernels.math.residues import add_residues
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
 from kernels.math.window import tile_height
+from kernels.math.workspace import one_after_another, panels, windows
 
 
 class StridedParams(Params):
@@ -119,6 +120,13 @@ def _one_row(w: int, causal: bool) -> SpanPattern:
     )
 
 
+def workspace(params: StridedParams, shape: CallShape) -> Workspace:
+    """Band, then residue classes, whose parts are as large as the rows of the heads in one call."""
+    band = windows(shape, params.stride if shape.causal else params.stride // 2, 0)
+    classes = panels(shape, shape.num_rows, -(-shape.num_keys // params.stride), parts=2)
+    return one_after_another(band, classes)
+
+
 BACKEND = Backend(
     name="strided",
     summary="A local band and every stride-th token (sparse transformers).",
@@ -133,6 +141,7 @@ BACKEND = Backend(
         complexity="O(N stride + N^2 / stride)",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
         "reached within 3 layers. In a causal model a token is reached by earlier ones only, the paper's s "

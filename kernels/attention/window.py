@@ -15,10 +15,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, Capabilities, Params
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import span_attention
 from kernels.math.window import window_keep, window_pattern
+from kernels.math.workspace import windows
 
 
 class WindowParams(Params):
@@ -49,6 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: WindowParams, call: Call) ->
     return span_attention(q, k, v, pattern, call)
 
 
+def workspace(params: WindowParams, shape: CallShape) -> Workspace:
+    return windows(shape, params.window, params.global_tokens)
+
+
 BACKEND = Backend(
     name="window",
     summary="Each token sees its neighbours, and optionally a few global tokens (Longformer).",
@@ -63,6 +68,7 @@ BACKEND = Backend(
         complexity="O(N (window + global_tokens))",
     ),
     impls={"reference": reference, "torch": attend},
+    workspace=workspace,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions (arXiv 2006.04862): self loops, a Hamiltonian "
         "path, and every token reached within (N - 1) / window layers, or within 2 with a global token. In a "

@@ -21,7 +21,7 @@ from kernels.math.accumulate import Accumulator
 from kernels.math.dense import Mask, dense_part
 from kernels.math.merge import merge_into
 
-_PANEL_BYTES = 4 << 20
+PANEL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _add_full(
 ) -> None:
     L, D = k.shape[1:]
     F_ = lists.full.shape[1]
-    step = max(1, _PANEL_BYTES // (F_ * L * D * k.element_size()))
+    step = max(1, PANEL_BYTES // (F_ * L * D * k.element_size()))
     k_panel = k.new_empty(min(step, lists.count) * F_, L * D)
     v_panel = v.new_empty(min(step, lists.count) * F_, L * v.shape[2])
     for a in range(0, lists.count, step):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.math.merge import merge_into
 
-_KEY_CHUNK = 1024
+KEY_CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +132,8 @@ def _portable(
     keep = _kept(mask, causal, R, P, q.device)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     lse = q.new_full(q.shape[:-1], -math.inf)
-    for a in range(0, P, _KEY_CHUNK):
-        b = min(a + _KEY_CHUNK, P)
+    for a in range(0, P, KEY_CHUNK):
+        b = min(a + KEY_CHUNK, P)
         kept = None if keep is None else keep[..., a:b]
         merge_into(out, lse, *_chunk(q, k[:, :, a:b].unsqueeze(2), v[:, :, a:b].unsqueeze(2), scale, kept))
     return out, lse

@@ -24,8 +24,8 @@ from kernels.math.edges import attend_edges, attend_row_edges
 from kernels.math.random_keys import RandomParams, block_draws, row_draws
 from kernels.math.spans import Span, SpanPattern
 
-_EDGE_ROWS = 8192
-_DRAWS_AT_ONCE = 1 << 15
+EDGE_ROWS = 8192
+DRAWS_AT_ONCE = 1 << 15
 
 
 def add_random(acc: Accumulator, params: RandomParams, base: SpanPattern | None) -> None:
@@ -62,7 +62,7 @@ def edge_tile(
     shape = (num_heads, len(rows), num_random + (base is None))
     edges = torch.empty(shape, dtype=torch.int32, device=rows.device)
     drop = torch.zeros(shape, dtype=torch.bool, device=rows.device)
-    step = max(1, _DRAWS_AT_ONCE // (num_heads * num_random))
+    step = max(1, DRAWS_AT_ONCE // (num_heads * num_random))
     for a in range(0, len(rows), step):
         some = slice(a, a + step)
         _draw(edges[:, some], drop[:, some], call, rows[some], num_keys, num_random, base)
@@ -123,9 +123,9 @@ def _cached_tile(acc: Accumulator, rows: slice, num_random: int, base: SpanPatte
 
 
 def _edge_rows(start: int, num_rows: int) -> Iterator[slice]:
-    first = start // _EDGE_ROWS * _EDGE_ROWS
-    for a in range(first, start + num_rows, _EDGE_ROWS):
-        yield slice(max(a, start) - start, min(a + _EDGE_ROWS, start + num_rows) - start)
+    first = start // EDGE_ROWS * EDGE_ROWS
+    for a in range(first, start + num_rows, EDGE_ROWS):
+        yield slice(max(a, start) - start, min(a + EDGE_ROWS, start + num_rows) - start)
 
 
 def _dense(keys: Tensor, q: Tensor) -> Tensor:

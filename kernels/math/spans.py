@@ -31,7 +31,7 @@ from kernels.math.decode import attend_row
 from kernels.math.dense import Mask, computed_elements, dense_part, make_mask
 from kernels.math.merge import merge_into
 
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
 Ints = npt.NDArray[np.int64]
 
 
@@ -220,7 +220,7 @@ def _batched(tiles: Sequence[Tile]) -> Iterator[Tile]:
 def _extended(batch: Tile, tile: Tile) -> Tile | None:
     """The batch with the tile that follows it, or None where it does not fit."""
     fits = tile.height == batch.height and len(tile.panels) == len(batch.panels)
-    if not fits or tile.height * (batch.count + 1) > _BATCH_ROWS:
+    if not fits or tile.height * (batch.count + 1) > BATCH_ROWS:
         return None
     panels = []
     for old, new in zip(batch.panels, tile.panels, strict=True):

@@ -49,13 +49,6 @@ def input_list(source: T | list[T], path: str, limit: int) -> tuple[list[T], boo
     return source, True
 
 
-def native_inputs(
-    source: str | TokenInput | list[str | TokenInput], path: str, limit: int
-) -> tuple[list[str | TokenInput], bool]:
-    """The native forms of an input."""
-    return input_list(source, path, limit)
-
-
 def as_inputs(
     source: str | list[int] | list[str | list[int]], path: str, limit: int
 ) -> tuple[list[str | TokenInput], bool]:

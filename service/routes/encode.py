@@ -20,10 +20,10 @@ from service.errors import ApiError, invalid
 from service.flow import Flow
 from service.inputs import Reading, Tokens
 from service.jobs import Job
-from service.pooling import Chunk, check_chunking, chunks_of, finish, pool
+from service.pooling import Chunk, check_chunking, chunks_of, finish, num_chunks, pool
 from service.problems import documented
-from service.routes.common import RUN_ERRORS, native_inputs
-from service.schemas import EncodeRequest
+from service.routes.common import RUN_ERRORS, input_list
+from service.schemas import EncodeRequest, TokenInput
 from service.sequences import EncodeSequence
 
 router = APIRouter(tags=["native"])
@@ -37,13 +37,18 @@ async def encode(body: EncodeRequest, request: Request) -> Response:
     model = flow.begin(body.model, "encode")
     pooling = check_options(body, model)
     attended = Attended.one(choose(parse(body.attention), model))
-    sources, many = native_inputs(body.input, "input", flow.runtime.settings.max_batch_inputs)
+    sources: list[str | TokenInput]
+    sources, many = input_list(body.input, "input", flow.runtime.settings.max_batch_inputs)
     reading = Reading(
         model, flow.runtime.settings, model.info.max_tokens, body.truncate, prefix_of(body, model)
     )
-    inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many))
-    chunks = [plan_chunks(tokens, body, i) for i, tokens in enumerate(inputs)]
-    check_size(inputs, chunks, pooling, model, flow.runtime.settings.max_output_values)
+
+    def read() -> tuple[list[Tokens], list[list[Chunk] | None], int]:
+        found = reading.read_all(sources, "input", many=many)
+        values = check_size(found, body, pooling, model, flow.runtime.settings.max_output_values)
+        return found, [plan_chunks(tokens, body, i) for i, tokens in enumerate(found)], values
+
+    inputs, chunks, values = await flow.tokenise(read, body.timeout_ms)
     job, sequences = encode_job(flow, "enc_", model, inputs, attended, pooling, body)
     await flow.run(job)
     count_truncation(flow, inputs)
@@ -63,8 +68,7 @@ async def encode(body: EncodeRequest, request: Request) -> Response:
         attention=attention_of(job, attended),
         stats=stats_of(job, flow.record, now),
     )
-    values = used * model.info.embedding_dim if pooling == "none" else len(data) * model.info.embedding_dim
-    return await flow.respond(answer, values, exclude=None if body.include_stats else {"stats"})
+    return await flow.respond(lambda: answer, values, exclude=None if body.include_stats else {"stats"})
 
 
 def check_options(body: EncodeRequest, model: ServedModel) -> str:
@@ -103,11 +107,13 @@ def plan_chunks(tokens: Tokens, body: EncodeRequest, index: int) -> list[Chunk] 
 
 
 def check_size(
-    inputs: list[Tokens], chunks: list[list[Chunk] | None], pooling: str, model: ServedModel, limit: int
-) -> None:
-    """Refuse answers of more numbers than ``max_output_values`` before anything runs."""
+    inputs: list[Tokens], body: EncodeRequest, pooling: str, model: ServedModel, limit: int
+) -> int:
+    """How many numbers the answer will hold. Refuses more than ``max_output_values`` before a chunk is
+    planned or anything runs."""
     vectors = sum(len(tokens.token_ids) if pooling == "none" else 1 for tokens in inputs)
-    vectors += sum(len(part or ()) for part in chunks)
+    if body.late_chunking is not None:
+        vectors += sum(num_chunks(len(tokens.token_ids), body.late_chunking) for tokens in inputs)
     values = vectors * model.info.embedding_dim
     if values > limit:
         detail = f"the answer would hold {values:,} numbers; the limit is {limit:,} (max_output_values)"
@@ -115,6 +121,7 @@ def check_size(
         raise ApiError(
             "invalid_request", detail, param=param, limits={"max_output_values": limit, "values": values}
         )
+    return values
 
 
 def encode_job(
@@ -126,10 +133,10 @@ def encode_job(
     pooling: str,
     body: EncodeRequest,
 ) -> tuple[Job, list[EncodeSequence]]:
-    last_only = pooling == "last"
+    kept = pooling if body.late_chunking is None else "none"
     choice, chunkable = attended.prefill.choice, model.info.causal
     sequences = [
-        EncodeSequence(i, tokens.token_ids, choice, chunkable=chunkable, last_only=last_only)
+        EncodeSequence(i, tokens.token_ids, choice, chunkable=chunkable, pooling=kept)
         for i, tokens in enumerate(inputs)
     ]
     return flow.job(prefix, model, sequences, attended, timeout_ms=body.timeout_ms), sequences

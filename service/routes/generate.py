@@ -26,8 +26,10 @@ from service.generation import (
     Wanted,
     attended_pair,
     check_new_tokens,
+    check_output,
     choice_of,
     logprobs_of,
+    num_values,
     sequences_of,
     stops_of,
 )
@@ -93,9 +95,10 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     room = model.info.max_tokens - body.max_new_tokens
     reserved = f" (its {model.info.max_tokens:,} less max_new_tokens {body.max_new_tokens:,})"
     reading = Reading(model, flow.runtime.settings, room, body.truncate, reserved=reserved)
-    prompt = await flow.tokenise(lambda: reading.read(body.prompt, "prompt"))
     sampling = SamplingParams(body.temperature, body.top_k, body.top_p, body.seed, body.logprobs)
     wanted = Wanted(body.max_new_tokens, sampling, stops_of(body.stop), body.n)
+    check_output(body.n, wanted, flow.runtime.settings, "max_new_tokens")
+    prompt = await flow.tokenise(lambda: reading.read(body.prompt, "prompt"), body.timeout_ms)
     sequences = sequences_of([prompt], wanted, model, attended)
     job = flow.job("gen_", model, sequences, attended, timeout_ms=body.timeout_ms, stream=body.stream)
     made = _Made(flow, job, sequences, prompt)
@@ -114,9 +117,14 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         return await stream_job(flow, job, _NativeEvents(made, measured), finish)
     await flow.run(job)
     finish()
-    choices = [choice_of(sequence, model.tokenizer, prompt.truncated_tokens) for sequence in sequences]
-    answer = GenerateAnswer(id=job.id, model=model.info.name, choices=choices, **measured())
-    return await flow.respond(answer, exclude=None if body.include_stats else {"stats"})
+    told = measured()
+
+    def build() -> GenerateAnswer:
+        choices = [choice_of(sequence, model.tokenizer, prompt.truncated_tokens) for sequence in sequences]
+        return GenerateAnswer(id=job.id, model=model.info.name, choices=choices, **told)
+
+    exclude = None if body.include_stats else {"stats"}
+    return await flow.respond(build, num_values(sequences), exclude=exclude)
 
 
 class _Made:

@@ -3,12 +3,13 @@ ready."""
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.errors import ApiError
-from service.flow import Flow
 from service.problems import documented
 from service.runtime import Runtime
 
@@ -54,13 +55,12 @@ async def health(request: Request) -> Health:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented()},
 )
 async def metrics(request: Request) -> Response:
-    flow = Flow(request)
-    runtime = flow.runtime
+    runtime: Runtime = request.app.state.runtime
     accept = request.headers.get("accept", "")
 
     def render() -> tuple[bytes, str]:
         runtime.refresh_gauges()
         return runtime.metrics.render(accept)
 
-    content, content_type = await flow.offload(render)
+    content, content_type = await asyncio.get_running_loop().run_in_executor(runtime.scraper, render)
     return Response(content, headers={"content-type": content_type})

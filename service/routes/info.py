@@ -28,6 +28,8 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="allow")
     id: str
     object: str = "model"
+    created: int
+    """When it was loaded, in Unix seconds."""
     tasks: list[str]
     max_tokens: int
     architecture: str
@@ -65,16 +67,24 @@ class VersionAnswer(BaseModel):
     backends: list[str]
 
 
-@router.get("/v1/models", response_model=ModelList, responses=documented("loading"), summary="Served models")
+@router.get(
+    "/v1/models", response_model=ModelList, responses=documented("invalid_api_key"), summary="Served models"
+)
 async def models(request: Request) -> ModelList:
     runtime: Runtime = request.app.state.runtime
     return ModelList(data=[card_of(runtime, model) for model in runtime.models.values()])
 
 
-@router.get("/v1/models/{name:path}", response_model=ModelCard, responses=documented("model_not_found"))
+@router.get(
+    "/v1/models/{name:path}",
+    response_model=ModelCard,
+    responses=documented("invalid_api_key", "model_not_found", "loading"),
+)
 async def one_model(name: str, request: Request) -> ModelCard:
     """One served model."""
     runtime: Runtime = request.app.state.runtime
+    if runtime.phase == "loading" and name not in runtime.models:
+        runtime.check_serving()
     return card_of(runtime, runtime.model(name, None))
 
 
@@ -120,7 +130,12 @@ def card_of(runtime: Runtime, model: ServedModel) -> ModelCard:
     }
     if "generate" in info.tasks:
         limits["max_new_tokens"] = min(settings.max_new_tokens, info.max_tokens - 1)
-    return ModelCard(**as_json(info), limits=limits, backends=list(runtime.supported[info.name]))
+    return ModelCard(
+        **as_json(info),
+        created=runtime.loaded_at[info.name],
+        limits=limits,
+        backends=list(runtime.supported[info.name]),
+    )
 
 
 @cache

@@ -61,10 +61,10 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     pooling = info.pooling or ("last" if info.causal else "mean")
     sources, many = as_inputs(body.input, "input", settings.max_batch_inputs)
     reading = Reading(model, settings, info.max_tokens)
-    inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many))
+    inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many), body.timeout_ms)
     choice = attended.prefill.choice
     sequences = [
-        EncodeSequence(i, tokens.token_ids, choice, chunkable=info.causal, last_only=pooling == "last")
+        EncodeSequence(i, tokens.token_ids, choice, chunkable=info.causal, pooling=pooling)
         for i, tokens in enumerate(inputs)
     ]
     job = flow.job("embd-", model, sequences, attended, timeout_ms=body.timeout_ms)
@@ -82,7 +82,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         usage=EmbeddingsUsage(prompt_tokens=used, total_tokens=used),
         attention=attention_of(job, attended),
     )
-    return await flow.respond(answer, values=len(data) * info.embedding_dim)
+    return await flow.respond(lambda: answer, values=len(data) * info.embedding_dim)
 
 
 def _vector(sequence: EncodeSequence, pooling: str, body: EmbeddingsRequest) -> list[float] | str:

@@ -15,7 +15,15 @@ from service.answers import Attended, attention_of, stats_of, usage_of
 from service.attention import parse_pair
 from service.errors import invalid
 from service.flow import Flow
-from service.generation import Wanted, attended_pair, check_new_tokens, sequences_of, stops_of
+from service.generation import (
+    Wanted,
+    attended_pair,
+    check_new_tokens,
+    check_output,
+    num_values,
+    sequences_of,
+    stops_of,
+)
 from service.inputs import Reading, Tokens
 from service.jobs import Job
 from service.openai_answers import (
@@ -55,8 +63,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             f"prompts times n must be at most {MAX_CHOICES} choices", "prompt", max_choices=MAX_CHOICES
         )
     reading = _reading(flow, model, asked, "max_tokens")
-    prompts = await flow.tokenise(lambda: reading.read_all(sources, "prompt", many=many))
-    return await _answer(flow, model, body, prompts, asked, body.logprobs, CompletionShape())
+    prompts = await flow.tokenise(lambda: reading.read_all(sources, "prompt", many=many), body.timeout_ms)
+    return await _answer(flow, model, body, prompts, (asked, "max_tokens"), body.logprobs, CompletionShape())
 
 
 @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=RESPONSES, summary="Chat (OpenAI)")
@@ -75,9 +83,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if asked is not None:
         check_new_tokens(asked, limit, model, named)
     reading = _reading(flow, model, asked or 1, named)
-    prompt = await flow.tokenise(lambda: _chat_prompt(model, messages, reading))
+    prompt = await flow.tokenise(lambda: _chat_prompt(model, messages, reading), body.timeout_ms)
     room = model.info.max_tokens - len(prompt.token_ids)
-    return await _answer(flow, model, body, [prompt], asked or min(limit, room), logprobs, ChatShape())
+    new_tokens = asked or min(limit, room)
+    return await _answer(flow, model, body, [prompt], (new_tokens, named), logprobs, ChatShape())
 
 
 async def _answer(
@@ -85,17 +94,20 @@ async def _answer(
     model: ServedModel,
     body: CompletionRequest | ChatRequest,
     prompts: list[Tokens],
-    max_new_tokens: int,
+    new_tokens: tuple[int, str],
     logprobs: int | None,
     shape: Shape,
 ) -> Response:
+    """``new_tokens``: how many at most, and the field that says so."""
     # OpenAI samples at temperature 1 where nothing is said, and differently each time without a seed.
     seed = secrets.randbits(63) if body.seed is None else body.seed
     temperature = 1.0 if body.temperature is None else body.temperature
     sampling = SamplingParams(
         temperature, body.top_k, 1.0 if body.top_p is None else body.top_p, seed, logprobs
     )
+    max_new_tokens, named = new_tokens
     wanted = Wanted(max_new_tokens, sampling, stops_of(body.stop), body.n or 1)
+    check_output(len(prompts) * wanted.n, wanted, flow.runtime.settings, named)
     attended = attended_pair(parse_pair(body.attention, seed=body.seed or 0), model)
     sequences = sequences_of(prompts, wanted, model, attended)
     stream = bool(body.stream)
@@ -115,8 +127,8 @@ async def _answer(
         return await stream_job(flow, job, events, finish)
     await flow.run(job)
     finish()
-    answer = shape.answer(job, sequences, created, _measured(flow, job, attended))
-    return await flow.respond(answer)
+    told = _measured(flow, job, attended)
+    return await flow.respond(lambda: shape.answer(job, sequences, created, told), num_values(sequences))
 
 
 def _measured(flow: Flow, job: Job, attended: Attended) -> dict[str, Any]:
@@ -139,6 +151,12 @@ def _chat_prompt(model: ServedModel, messages: list[dict[str, str]], reading: Re
         text = model.tokenizer.chat(messages)
     except ModelError as error:
         raise invalid(f"model {model.info.name!r} cannot chat: {error}", "messages") from None
+    except ValueError:
+        detail = (
+            f"the chat template of model {model.info.name!r} does not take these messages; check their roles "
+            "and order (many templates want user and assistant in turn, some take no system message)"
+        )
+        raise invalid(detail, "messages") from None
     return replace(reading, special_tokens=False).read(text, "messages")
 
 

@@ -46,7 +46,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     refuse_prompt_selection(spec)
     attended = Attended.one(choose(spec, model))
     reading = Reading(model, flow.runtime.settings, model.info.max_tokens)
-    tokens = await flow.tokenise(lambda: reading.read(body.input, "input"))
+    tokens = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
     if len(tokens.token_ids) < 2:
         raise invalid(
             "input has one token; scoring needs at least two (the first has nothing before it)", "input"
@@ -65,11 +65,16 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         stats=stats_of(job, flow.record, now),
         warnings=_warnings(spec.backend.capabilities.selection),
     )
-    return await flow.respond(answer, len(sequence.scores), exclude=None if body.include_stats else {"stats"})
+    return await flow.respond(
+        lambda: answer, len(sequence.scores), exclude=None if body.include_stats else {"stats"}
+    )
 
 
 @router.post(
-    "/v1/tokenize", response_model=TokenizeAnswer, responses=documented(*ADMISSION_ERRORS), summary="Tokenise"
+    "/v1/tokenize",
+    response_model=TokenizeAnswer,
+    responses=documented(*ADMISSION_ERRORS, "queue_full", "deadline_exceeded"),
+    summary="Tokenise",
 )
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     flow = Flow(request)
@@ -90,7 +95,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 
     data = await flow.tokenise(read)
     answer = TokenizeAnswer(model=model.info.name, max_tokens=model.info.max_tokens, data=data)
-    return await flow.respond(answer, values=chars)
+    return await flow.respond(lambda: answer, values=chars)
 
 
 def _score(scores: list[float], tokens: Tokens, tokenizer: Tokenizer) -> Score:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import Unsupported, api, attend, attend_packed, backend_names, describe, registry
-from kernels.contract import Backend, Capabilities, Params, Segment
+from kernels.contract import Backend, Capabilities, Params, Segment, Workspace
 from kernels.registry import UnknownBackend
 from tests.kernels.kernel_cases import CASES, make_inputs
 
@@ -131,6 +131,7 @@ def test_unsupported_tells_every_reason(monkeypatch: pytest.MonkeyPatch) -> None
             causal=False, bidirectional=True, decode=False, exact=False, selection="prompt"
         ),
         impls={},
+        workspace=lambda params, shape: Workspace(0),
         unsupported=lambda params, causal: ["its params are odd"],
     )
     monkeypatch.setattr(api, "load", lambda name: limited)

@@ -151,9 +151,15 @@ def test_a_report_counts_what_never_came_back_and_passes_only_with_answers() -> 
     report.add(key, Outcome("rejected", 1.0))
     assert not report.passed and "no request was answered" in report.render(1.0)
     report.add(key, Outcome("answered", 10.0, input_tokens=50, density=1.0))
-    assert report.passed and report.unanswered == 1
+    assert not report.passed and report.unanswered == 1
+    assert "1 requests got no answer; --max-unanswered allows 0" in report.render(1.0)
+    report.max_unanswered = 1
+    assert report.passed and "got no answer" not in report.render(1.0)
+    report.max_unanswered = 0
+    report.add(key, Outcome("answered", 10.0))
+    assert report.passed and report.unanswered == 0
     [line] = report.lines(duration_s=2.0)
-    assert (line.p50_ms, line.input_tokens_per_s, line.answered, line.rejected) == (10.0, 25.0, 1, 1)
+    assert (line.p50_ms, line.input_tokens_per_s, line.answered, line.rejected) == (10.0, 25.0, 2, 1)
 
 
 def test_loading_the_locust_file_imports_none_of_the_servers_packages() -> None:
@@ -202,14 +208,14 @@ def test_an_impossible_choice_is_refused(choice: dict[str, list[str]], words: st
 
 
 def test_a_limit_that_leaves_no_document_is_refused() -> None:
-    options = argparse.Namespace(load_seed=0, max_new_tokens=32, max_input_tokens=3)
+    options = argparse.Namespace(load_seed=0, max_new_tokens=32, max_input_tokens=3, max_unanswered=0)
     target = Target("score", "m", 4096, ("exact",), 4.0)
     with pytest.raises(ServerProblem, match="at least 16"):
         Run(options, Server("http://127.0.0.1"), [target], Library.from_samples())
 
 
 def test_a_generate_document_leaves_room_for_the_answer() -> None:
-    options = argparse.Namespace(load_seed=0, max_new_tokens=1000, max_input_tokens=0)
+    options = argparse.Namespace(load_seed=0, max_new_tokens=1000, max_input_tokens=0, max_unanswered=0)
     target = Target("generate", "m", 4096, ("exact",), 4.0)
     run = Run(options, Server("http://127.0.0.1"), [target], Library.from_samples())
     assert run.classes["generate", "m"][-1].max_tokens == 3096

@@ -12,7 +12,7 @@ import torch
 from models import memory
 from models.kv_cache import Cache, LayerShape
 from models.memory import MEASURED_FROM_TOKENS, PeakBytes
-from tests.models.tiny import bert, choice, llama, network, serve
+from tests.models.tiny import FAMILIES, bert, choice, llama, network, serve
 
 MEASURE = """
 import json, sys
@@ -24,6 +24,7 @@ from models.runner import Model
 from models.seam import NAME, register
 
 kind, tokens, want = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+wanted = choice(sys.argv[4], **json.loads(sys.argv[5]))
 register()
 wide = dict(vocab_size=8000, hidden_size=512, intermediate_size=1408, num_attention_heads=8,
             num_hidden_layers=3, max_position_embeddings=20000, attn_implementation=NAME)
@@ -37,9 +38,9 @@ model = Model(network, info, None)
 ids = torch.randint(3, 8000, (tokens,)).tolist()
 def read(n):
     targets = ids[:n] if want == "scores" else ()
-    return model.step([Slice(model.open(n), ids[:n], choice(), want, n, targets)]).peak_bytes
+    return model.step([Slice(model.open(n), ids[:n], wanted, want, n, targets)]).peak_bytes
 read(64)
-print(json.dumps({"measured": read(tokens), "estimated": model.estimate_bytes(tokens, 0, choice(), tokens)}))
+print(json.dumps({"measured": read(tokens), "estimated": model.estimate_bytes(tokens, 0, wanted, tokens)}))
 """
 
 
@@ -55,10 +56,52 @@ def in_fresh_process(*arguments: str) -> dict[str, int]:
 )
 @pytest.mark.parametrize(("kind", "want"), [("llama", "nothing"), ("llama", "scores"), ("bert", "hidden")])
 def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str) -> None:
-    found = in_fresh_process(kind, "4096", want)
+    found = in_fresh_process(kind, "4096", want, "exact", "{}")
     if found["measured"] is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 0.65 < found["estimated"] / found["measured"] < 1.35, found
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the high-water mark is read from Linux's /proc"
+)
+@pytest.mark.parametrize(
+    ("kind", "backend", "params"),
+    [
+        ("bert", "random", {"num_random": 256, "block_size": 1}),
+        ("llama", "bigbird", {"num_random": 1024, "block_size": 128}),
+    ],
+)
+def test_the_estimate_knows_the_attention_that_was_chosen(
+    kind: str, backend: str, params: dict[str, int]
+) -> None:
+    found = in_fresh_process(kind, "3072", "nothing", backend, json.dumps(params))
+    if found["measured"] is None:
+        pytest.skip("the high-water mark cannot be reset here")
+    assert 0.65 < found["estimated"] / found["measured"] < 1.35, found
+
+
+def test_drawn_keys_are_predicted_layer_by_layer_up_to_the_limit_of_their_cache() -> None:
+    encoder = serve(network(bert))
+    plain = encoder.estimate_bytes(1000, 0, choice(), 1000)
+    few, many, most = (
+        encoder.estimate_bytes(1000, 0, choice("random", num_random=n), 1000) - plain for n in (15, 31, 127)
+    )
+    per_draw = 2 * 6 * 1000 * 5  # 2 layers, 6 heads, 1,000 rows; int32 and a mark
+    assert many - few >= 16 * per_draw and most - many >= 96 * per_draw
+    huge = encoder.estimate_bytes(10**6, 0, choice("random", num_random=256), 10**6)
+    kept = 2 * 6 * 10**6 * 257 * 5
+    assert huge - encoder.estimate_bytes(10**6, 0, choice(), 10**6) < kept / 10, "the cache is bounded"
+
+
+def test_a_models_own_windows_do_not_depend_on_the_choice() -> None:
+    mistral = serve(network(FAMILIES["mistral, all layers local"]))
+    assert mistral.estimate_bytes(60, 0, choice(), 60) == mistral.estimate_bytes(60, 0, choice("random"), 60)
+
+
+def test_a_request_that_generates_wants_the_logits_of_one_row() -> None:
+    decoder = serve(network(llama), 256)
+    assert decoder.estimate_bytes(200, 1, choice(), 200) < decoder.estimate_bytes(200, 0, choice(), 200)
 
 
 def test_a_chunk_bounds_a_decoders_activations_and_not_an_encoders() -> None:
@@ -95,7 +138,12 @@ def test_a_cache_gives_back_what_was_written_as_views() -> None:
     keys, values = cache.keys_values(1, 7)
     assert torch.equal(keys[0], k) and torch.equal(values[0], v)
     assert keys.data_ptr() == cache.keys_values(1, 3)[0].data_ptr(), "views, not copies"
+    assert cache.held_bytes == 7 * 10 * 4, "what was written, not the capacity"
+    cache.write(0, 0, torch.ones(2, 10, 8), torch.ones(2, 10, 8))
+    cache.write(1, 7, k[:, :3], v[:, :3])
     assert cache.held_bytes == cache.full_bytes
+    cache.write(1, 0, k[:, :1], v[:, :1])
+    assert cache.held_bytes == cache.full_bytes, "writing again over what is there takes nothing back"
 
 
 def test_a_closed_cache_holds_nothing_and_takes_nothing() -> None:

@@ -77,6 +77,13 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
         load_tokenizer(tmp_path).chat([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ 1 // 0 }}"])
+def test_a_template_that_stumbles_over_the_messages_has_refused_them(tmp_path: Path, template: str) -> None:
+    tokenizer_files(tmp_path, template)
+    with pytest.raises(ValueError, match="refused the messages"):
+        load_tokenizer(tmp_path).chat([{"role": "user", "content": "x"}])
+
+
 def test_a_model_without_template_cannot_chat(tmp_path: Path) -> None:
     tokenizer_files(tmp_path)
     with pytest.raises(ModelError, match="no chat template"):

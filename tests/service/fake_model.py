@@ -35,6 +35,7 @@ NUM_BYTES = 256
 BOS, EOS, CLS, SEP = 256, 257, 258, 259
 VOCAB = 260
 BYTES_PER_TOKEN = 1000
+WORKSPACE_PER_TOKEN = 50
 MASK = (1 << 64) - 1
 
 
@@ -86,7 +87,8 @@ class FakeState:
 
     @property
     def held_bytes(self) -> int:
-        return 0 if self.closed else self.length * BYTES_PER_TOKEN
+        """An encoder keeps nothing between steps."""
+        return self.length * BYTES_PER_TOKEN if self.owner.info.causal and not self.closed else 0
 
     def close(self) -> None:
         assert threading.current_thread() is self.owner.step_thread or self.owner.step_thread is None, (
@@ -216,8 +218,9 @@ class FakeModel:
         return Work(kept, exact, kept + n, float(kept), float(exact), 0.1, 0.2, "fake")
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
-        factor = 2 if choice.backend == "exact" else 1
-        return (tokens + new_tokens) * BYTES_PER_TOKEN * factor
+        """What the real model's is made of: a cache, and a workspace that depends on the backend."""
+        workspace = 0 if choice.backend == "exact" else min(tokens, chunk_tokens) * WORKSPACE_PER_TOKEN
+        return (tokens + new_tokens) * BYTES_PER_TOKEN + workspace
 
 
 def encoder(name: str = "enc", **changes: object) -> FakeModel:

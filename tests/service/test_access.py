@@ -85,6 +85,10 @@ def test_browsers_are_let_in_only_from_named_origins() -> None:
             client.options("/v1/encode", headers=ask).headers["access-control-allow-origin"]
             == "https://app.example"
         )
+        sdk = {**ask, "access-control-request-headers": "authorization,content-type,x-stainless-os"}
+        allowed = client.options("/v1/encode", headers=sdk)
+        assert allowed.status_code == 200
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
         other = {**ask, "origin": "https://evil.example"}
         assert "access-control-allow-origin" not in client.options("/v1/encode", headers=other).headers
         answer = client.get("/v1/models", headers={**origin, **KEY})

@@ -31,6 +31,8 @@ STATS = {
     "prefill_ms",
     "decode_ms",
     "time_to_first_token_ms",
+    "selection_ms",
+    "attention_ms",
     "total_ms",
     "batch_size",
     "batch_tokens",
@@ -69,6 +71,15 @@ def test_encode_answers_with_every_member_of_the_contract(client: TestClient) ->
     assert set(answer["stats"]) == STATS
     assert set(answer["stats"]["memory"]) == {"device", "estimated_bytes", "peak_bytes", "exact_bytes"}
     assert answer["stats"]["time_to_first_token_ms"] is None
+
+
+def test_stats_tell_selection_and_attention_time_summed_over_steps_and_sequences(client: TestClient) -> None:
+    """The fake model reports 0.1 ms of selection and 0.2 ms of attention for each slice."""
+    body = {"prompt": "hello", "max_new_tokens": 4, "n": 2}
+    stats = post(client, "/v1/generate", body)["stats"]
+    assert stats["selection_ms"] == pytest.approx(0.8) and stats["attention_ms"] == pytest.approx(1.6)
+    stats = post(client, "/v1/encode", {"input": ["a", "b", "c"]})["stats"]
+    assert stats["selection_ms"] == pytest.approx(0.3) and stats["attention_ms"] == pytest.approx(0.6)
 
 
 def test_generate_answers_with_every_member_of_the_contract(client: TestClient) -> None:
@@ -165,6 +176,25 @@ def test_truncation_keeps_special_tokens_and_tells_what_it_cut(truncate: str, ke
         assert seen == [kept]
         assert answer["data"][0]["truncated_tokens"] == 4 and answer["data"][0]["tokens"] == 8
         assert answer["usage"]["prompt_tokens"] == 8, "usage is what was processed"
+
+
+@pytest.mark.parametrize(("truncate", "kept"), [("end", b"0123"), ("start", b"6789")])
+def test_truncation_keeps_the_prefix_that_input_type_asked_for(truncate: str, kept: bytes) -> None:
+    model = encoder(max_tokens=9)
+    seen: list[list[int]] = []
+    model.on_step = lambda slices: seen.extend(list(part.token_ids) for part in slices)
+    body = {"input": "0123456789", "input_type": "query", "truncate": truncate}
+    with in_process(model) as client:
+        (item,) = post(client, "/v1/encode", body)["data"]
+        assert seen == [[CLS, *b"q: ", *kept, SEP]]
+        assert item["truncated_tokens"] == 6 and item["tokens"] == 9, "only the document was cut"
+        chunked = {**body, "late_chunking": {"chunk_tokens": 9}}
+        (chunk,) = post(client, "/v1/encode", chunked)["data"][0]["chunks"]
+        assert chunk["char_range"] == ([0, 4] if truncate == "end" else [6, 10])
+    with in_process(encoder(max_tokens=5)) as client:
+        refused = client.post("/v1/encode", json=body)
+        assert refused.status_code == 400 and refused.json()["param"] == "input_type"
+        assert refused.json()["limits"] == {"max_tokens": 5, "prefix_tokens": 4}
 
 
 def test_input_type_adds_the_models_prefix_and_nothing_else_does(client: TestClient) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from service.jobs import Channel
 from tests.service.conftest import Blocker, Served, in_process, sample, serving, wait_for
 from tests.service.fake_model import decoder, encoder, slow
 
@@ -240,13 +241,25 @@ def test_many_clients_that_leave_at_random_lose_nothing() -> None:
         assert server.runtime.engine.reserved_bytes == 0 and server.runtime.engine.healthy
 
 
-def test_the_engine_survives_an_answer_nobody_can_take() -> None:
-    """An event loop that is gone before its job ends must not stop the engine thread."""
+def test_an_event_for_a_loop_that_is_gone_is_nobodys_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine thread outlives its readers: telling a dead event loop must not stop it, not even one that
+    closes between the question and the call."""
+
+    async def make() -> Channel:
+        return Channel()
+
+    loop = asyncio.new_event_loop()
+    channel = loop.run_until_complete(make())
+    loop.close()
+    channel.put([None])
+    monkeypatch.setattr(loop, "is_closed", lambda: False)
+    channel.put([None])
+
+
+def test_a_client_that_leaves_harms_no_later_request() -> None:
     model = decoder(on_step=slow(0.02))
-    done = threading.Event()
     with serving(model) as server:
         connection = send(server, "/v1/generate", GENERATE)
         wait_for(lambda: model.steps)
         connection.close()
-        done.set()
         assert server.post("/v1/generate", {"prompt": "y", "max_new_tokens": 2}).status_code == 200

@@ -7,7 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 
+from models.contract import SliceResult, Work
+from service.attention import exact_choice
+from service.pooling import pool
+from service.sequences import EncodeSequence
 from tests.service.conftest import Blocker, in_process, serving, wait_for
 from tests.service.fake_model import decoder, encoder
 
@@ -62,6 +67,49 @@ def test_a_device_that_cannot_measure_gives_no_peak() -> None:
     with in_process(encoder(peak_bytes=None)) as client:
         memory = client.post("/v1/encode", json={"input": "x"}).json()["stats"]["memory"]
         assert memory["peak_bytes"] is None and memory["estimated_bytes"] > 0
+
+
+def test_the_peak_of_a_generation_counts_what_its_cache_has_grown_to() -> None:
+    """One measured step, then small ones that are not: the cache goes on growing."""
+    body = {"prompt": "x" * 9, "max_new_tokens": 11}
+    with in_process(decoder(peak_bytes=None)) as client:
+        told = client.post("/v1/generate", json=body).json()
+        assert told["stats"]["memory"]["peak_bytes"] is None, "no step was measured"
+    model = decoder(script=b"0123456789ab")
+    model.on_step = lambda slices: setattr(
+        model, "peak_bytes", 5000 if len(slices[0].token_ids) > 1 else None
+    )
+    with in_process(model) as client:
+        told = client.post("/v1/generate", json=body).json()
+    read = told["usage"]["prompt_tokens"] + 11 - 1
+    assert told["stats"]["memory"]["peak_bytes"] == read * 1000 > 5000
+
+
+def test_vectors_kept_for_the_answer_stay_reserved_until_the_request_ends() -> None:
+    seen: list[int] = []
+    model = encoder()
+    with serving(model, step_tokens=128, prefill_chunk_tokens=128) as server:
+        model.on_step = lambda slices: seen.append(server.runtime.engine.reserved_bytes)
+        inputs = ["a" * 98] * 3  # 100 tokens each: one input a step
+        for pooling in ("mean", "none"):
+            body = {"input": inputs, "pooling": pooling, "attention": "exact"}
+            assert server.post("/v1/encode", body).status_code == 200
+        wait_for(lambda: server.runtime.engine.reserved_bytes == 0)
+    step, vectors = 100 * 1000, 100 * 16 * 4
+    assert seen == [step] * 3 + [step + vectors, step + 2 * vectors, step + 3 * vectors]
+
+
+@pytest.mark.parametrize(("pooling", "vectors"), [("mean", 1), ("cls", 1), ("last", 1), ("none", 10)])
+def test_a_finished_input_keeps_only_what_its_answer_needs(pooling: str, vectors: int) -> None:
+    """Read in chunks of 4, 4 and 2 tokens, as a causal model does."""
+    rows = torch.randn(10, 16)
+    sequence = EncodeSequence(0, list(range(10)), exact_choice(), chunkable=True, pooling=pooling)
+    for first in range(0, 10, 4):
+        part = rows[first : first + 4]
+        sequence.accept(SliceResult(Work(), hidden=part), first + len(part))
+    itemsize = 8 if pooling == "mean" else 4
+    assert sequence.held_bytes == vectors * 16 * itemsize
+    assert torch.allclose(pool(sequence.hidden, pooling), pool(rows, pooling), atol=1e-6)
 
 
 def test_two_models_share_the_engine_and_both_get_turns() -> None:

@@ -256,21 +256,28 @@ def test_an_answer_of_too_many_numbers_is_refused_before_it_is_computed() -> Non
 
 
 def test_a_request_that_never_fits_in_memory_is_told_both_figures() -> None:
-    with in_process(memory_limit_bytes=15_000) as client:
-        sparse = {"model": "enc", "input": "a" * 10, "attention": "window"}
-        assert client.post("/v1/encode", json=sparse).status_code == 200
-        body = check(
-            client.post("/v1/encode", json={**sparse, "attention": "exact"}), 413, "never_fits_memory"
+    with in_process(memory_limit_bytes=12_300) as client:
+        body = {"model": "enc", "input": "a" * 10}  # 12 tokens
+        assert client.post("/v1/encode", json={**body, "attention": "exact"}).status_code == 200
+        refused = check(
+            client.post("/v1/encode", json={**body, "attention": "window"}), 413, "never_fits_memory"
         )
-        assert body["limits"] == {
-            "estimated_bytes": 24_000,
-            "exact_bytes": 24_000,
-            "memory_limit_bytes": 15_000,
+        assert refused["limits"] == {
+            "estimated_bytes": 12_600,
+            "exact_bytes": 12_000,
+            "memory_limit_bytes": 12_300,
         }
-        longer = check(
-            client.post("/v1/encode", json={**sparse, "input": "a" * 16}), 413, "never_fits_memory"
-        )
-        assert longer["limits"]["estimated_bytes"] == 18_000 and longer["limits"]["exact_bytes"] == 36_000
+
+
+def test_what_all_inputs_leave_for_the_answer_must_fit_beside_the_last_of_them() -> None:
+    one_input = 12 * 1000 + 12 * 16 * 4  # 12 tokens, and their vectors of width 16
+    body = {"model": "enc", "input": ["a" * 10] * 3, "attention": "exact"}
+    with in_process(memory_limit_bytes=one_input + 100) as client:
+        assert client.post("/v1/encode", json=body).status_code == 200, "pooled inputs leave nothing"
+        whole = check(client.post("/v1/encode", json={**body, "pooling": "none"}), 413, "never_fits_memory")
+        assert whole["limits"]["estimated_bytes"] == one_input + 2 * 12 * 16 * 4
+    with in_process(memory_limit_bytes=one_input + 2 * 12 * 16 * 4) as client:
+        assert client.post("/v1/encode", json={**body, "pooling": "none"}).status_code == 200
 
 
 def test_a_failing_step_is_an_internal_error_without_its_message() -> None:

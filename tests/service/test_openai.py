@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,8 +173,11 @@ def test_a_seed_repeats_and_no_seed_does_not(sdk: openai.OpenAI) -> None:
 
 
 def test_models_are_listed(sdk: openai.OpenAI) -> None:
-    assert [model.id for model in sdk.models.list()] == ["enc", "dec"]
-    assert sdk.models.retrieve("dec").id == "dec"
+    now = time.time()
+    cards = list(sdk.models.list())
+    assert [model.id for model in cards] == ["enc", "dec"]
+    assert all(isinstance(card.created, int) and now - 3600 < card.created <= now for card in cards)
+    assert sdk.models.retrieve("dec") == cards[1]
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("gone")
 
@@ -257,6 +261,23 @@ def test_a_reader_of_the_raw_stream_gets_json_on_every_line(server: Served) -> N
         [3],
         [4],
     ]
+
+
+def test_a_template_that_refuses_the_messages_is_the_clients_fault() -> None:
+    """Its own words may repeat the messages, so they are not passed on."""
+
+    def refuse(messages: Any) -> str:
+        raise ValueError(f"the template says: secret words about {messages[0]['content']}")
+
+    model = decoder()
+    model.tokenizer.chat = refuse  # type: ignore[method-assign, assignment]
+    with in_process(model) as client:
+        body = {"model": "dec", "messages": [{"role": "user", "content": "canary"}]}
+        for stream in (False, True):
+            answer = client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert answer.status_code == 400 and answer.json()["code"] == "invalid_request", answer.text
+            assert answer.json()["param"] == "messages" and "chat template" in answer.json()["detail"]
+            assert "secret" not in answer.text and "canary" not in answer.text
 
 
 def test_the_encoder_cannot_chat_and_says_who_can(client: TestClient) -> None:

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from service import cli
+from service.app import create_app
 from service.machine import memory_bytes
-from service.settings import ConfigError, Settings, flag_name, load_settings, parse_model
+from service.settings import ConfigError, Settings, flag_name, load_settings, parse_model, resolved
 
 
 def test_flags_win_over_environment_over_file_over_defaults(
@@ -71,6 +72,8 @@ def test_flags_reach_the_settings() -> None:
         ({"models": ["=x"]}, "NAME=PATH_OR_ID"),
         ({"device": "tpu"}, "--device"),
         ({"prefill_chunk_tokens": 4096}, "must not exceed step_tokens"),
+        ({"prefill_chunk_tokens": 127}, "--prefill-chunk-tokens"),
+        ({"step_tokens": 127, "prefill_chunk_tokens": 128}, "--step-tokens"),
         ({"max_running": 1024, "step_tokens": 512}, "must not exceed step_tokens"),
         ({"api_key": "two words"}, "--api-key"),
         ({"timeout_s": "nan"}, "--timeout-s"),
@@ -111,6 +114,50 @@ def test_memory_is_what_the_machine_or_its_control_group_has() -> None:
     assert 1 << 28 < memory_bytes("cpu") < 1 << 50
     assert load_settings().memory_limit == memory_bytes("cpu") // 2
     assert load_settings({"memory_limit_bytes": 5}).memory_limit == 5
+
+
+def test_a_home_directory_in_the_cache_dir_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LONGREACH_CACHE_DIR", "~/models")
+    assert load_settings().cache_dir == tmp_path / "models"
+    assert load_settings({"cache_dir": "~/other"}).cache_dir == tmp_path / "other"
+
+
+def see_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, "cpu"), (1, "cuda")])
+def test_the_device_by_default_is_the_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, count: int, found: str
+) -> None:
+    see_devices(monkeypatch, count)
+    assert load_settings().device == "auto"
+    assert resolved(load_settings()).device == found
+    assert resolved(load_settings({"device": "cpu"})).device == "cpu"
+
+
+@pytest.mark.parametrize(("count", "device"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
+def test_a_device_that_is_not_there_is_one_message_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, count: int, device: str
+) -> None:
+    from service import server
+
+    see_devices(monkeypatch, count)
+    with pytest.raises(ConfigError, match=f"--device.*torch sees {count} CUDA devices"):
+        server.serve(load_settings({"device": device, "port": 0}))
+
+
+def test_the_device_that_auto_means_is_what_metrics_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_devices(monkeypatch, 0)
+    app = create_app(load_settings({"memory_limit_bytes": 7}), {})
+    text = app.state.runtime.metrics.render("")[0].decode()
+    assert 'longreach_memory_limit_bytes{device="cpu"} 7.0' in text and "auto" not in text
 
 
 def test_the_other_kernels_distribution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

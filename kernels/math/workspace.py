@@ -1,0 +1,158 @@
+"""How much memory a call will take, part by part: what the other files here allocate, counted before it runs.
+
+    live = largest moment of the call,   kept = what it leaves in DRAWS,   shared = what it leaves in MASKS
+
+On a CPU the flash kernel holds no scores. Elsewhere, and where Dv differs from D, scores exist for up to
+``KEY_CHUNK`` keys at a time. Inputs narrower than fp32 are widened: rows once, keys panel by panel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kernels.contract import CallShape, Workspace
+from kernels.math.block_sparse import PANEL_BYTES
+from kernels.math.cache import DRAWS, MASKS
+from kernels.math.dense import KEY_CHUNK
+from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS
+from kernels.math.spans import BATCH_ROWS
+from kernels.math.window import tile_height
+
+_FP32 = 4
+_EDGE_LIST = 4 + 1
+"""A drawn key: int32, and whether it is dropped."""
+_EDGE_SCORES = 16
+"""Beside it, one head at a time: the CSR pattern and its copy, the scores, the embedding bag's offsets."""
+_DRAWING = 6 * 8
+"""int64 intermediates of the generator, the reduction to the range and the sort, per draw at once."""
+
+
+def panels(shape: CallShape, rows: int, width: int, parts: int) -> Workspace:
+    """``rows`` of the call's rows at a time over panels of ``width`` keys; ``parts`` of their outputs exist
+    at once beside the accumulator."""
+    heads, rows = shape.num_heads, min(rows, shape.num_rows)
+    outputs = parts * rows * heads * (shape.value_dim + 1) * _FP32
+    return Workspace(
+        _accumulator(shape) + outputs + _scores(shape, rows, width) + _widened_keys(shape, width)
+    )
+
+
+def spans(shape: CallShape, tile: int, width: int, num_masks: int) -> Workspace:
+    """``kernels.math.spans``: tiles of ``tile`` rows in batches, panels of ``width`` keys, and as many
+    masks as tiles can differ in."""
+    tile = min(tile, shape.num_rows)
+    width = min(width, shape.num_keys)
+    rows = min(shape.num_rows, max(BATCH_ROWS, tile))
+    batch = panels(shape, rows, width, parts=2)
+    gathered = 0 if shape.itemsize >= _FP32 else (rows // tile) * _widened_keys(shape, width)
+    mask = tile * min(width, 4 * tile) * _FP32
+    masks = min(num_masks, -(-shape.num_rows // tile) + 1) * mask
+    return Workspace(batch.live_bytes + gathered + 2 * mask, shared_bytes=min(masks, MASKS.max_bytes))
+
+
+def windows(shape: CallShape, window: int, columns: int) -> Workspace:
+    """A window, and the first ``columns`` keys in panels of their own."""
+    width = window if shape.causal else 2 * window
+    tile = tile_height(width)
+    near = spans(shape, tile, tile + width, num_masks=width // tile + 3)
+    if not columns:
+        return near
+    return one_after_another(near, spans(shape, tile, columns, num_masks=columns // tile + 2))
+
+
+def random_keys(shape: CallShape, num_random: int, block_size: int, base_edges: int) -> Workspace:
+    """``kernels.math.random_part``. ``base_edges``: key blocks of a row's that the base cuts but does not
+    cover."""
+    if block_size == 1:
+        return _edges(shape, num_random)
+    return _blocks(shape, num_random, block_size, base_edges)
+
+
+def one_after_another(*parts: Workspace) -> Workspace:
+    """Parts that run in turn on one accumulator; what each of them keeps stays."""
+    return Workspace(
+        max(part.live_bytes for part in parts),
+        sum(part.kept_bytes for part in parts),
+        min(sum(part.shared_bytes for part in parts), MASKS.max_bytes),
+    )
+
+
+def selection_bytes(calls: Sequence[Workspace]) -> int:
+    """Bytes that the caches keep of one forward's attention calls."""
+    drawn = sum(call.kept_bytes for call in calls)
+    return min(drawn, DRAWS.max_bytes) + max(call.shared_bytes for call in calls)
+
+
+def _accumulator(shape: CallShape) -> int:
+    """Output and log-sum-exp in fp32, and the rows and the answer once more where they are narrower."""
+    rows = shape.num_rows * shape.num_heads
+    narrow = shape.key_dim * _FP32 + shape.value_dim * shape.itemsize if shape.itemsize < _FP32 else 0
+    return rows * ((shape.value_dim + 1) * max(_FP32, shape.itemsize) + narrow)
+
+
+def _scores(shape: CallShape, rows: int, width: int) -> int:
+    """Scores, their masked copy and their weights, where no flash kernel runs."""
+    if shape.on_cpu and shape.key_dim == shape.value_dim:
+        return 0
+    return 3 * rows * shape.num_heads * min(width, KEY_CHUNK) * _FP32
+
+
+def _widened_keys(shape: CallShape, width: int) -> int:
+    if shape.itemsize >= _FP32:
+        return 0
+    return width * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * _FP32
+
+
+def _edges(shape: CallShape, num_random: int) -> Workspace:
+    """Drawn keys of every head are kept, up to the cache's limit; a tile that is too large for it lives as
+    long as it is used, and so does one that is being built while the cache is full."""
+    per_row = num_random + 1
+    tile_rows = min(shape.num_rows, EDGE_ROWS)
+    tile = tile_rows * shape.num_heads * per_row * _EDGE_LIST
+    drawn = shape.num_rows * shape.num_heads * per_row * _EDGE_LIST
+    drawing = min(DRAWS_AT_ONCE, tile_rows * shape.num_heads * per_row) * _DRAWING
+    scores = tile_rows * (per_row * _EDGE_SCORES + (shape.value_dim + 1) * _FP32)
+    if not shape.on_cpu:
+        gathered = min(256, tile_rows) * per_row * (shape.key_dim + shape.value_dim) * _FP32
+        scores = tile_rows * (shape.value_dim + 1) * _FP32 + gathered
+    copied = 0
+    if not shape.causal or shape.itemsize < _FP32:  # keys of a packed stream are not dense head by head
+        copied = shape.num_keys * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * _FP32
+    kept = drawn if tile <= DRAWS.max_bytes else 0
+    beside = tile if tile > DRAWS.max_bytes or drawn > tile else 0
+    return Workspace(_accumulator(shape) + max(scores, drawing) + copied + beside, kept)
+
+
+def _blocks(shape: CallShape, num_random: int, L: int, base_edges: int) -> Workspace:
+    group = shape.num_heads // shape.num_kv_heads
+    num_draws, num_blocks = num_random // L, -(-shape.num_keys // L)
+    query_blocks = -(-shape.num_rows // L) + 1
+    one_row = L * (shape.key_dim + shape.value_dim) * _FP32
+    panel_blocks = max(num_draws, min(query_blocks * num_draws, PANEL_BYTES // (L * shape.key_dim * _FP32)))
+    batch_rows = min(shape.num_rows, -(-panel_blocks // num_draws) * L)
+    parts = 2 * batch_rows * group * (shape.value_dim + 1) * _FP32
+    head_copy = num_blocks * one_row  # padded to whole blocks, and dense
+    scores = 0
+    if not shape.on_cpu or shape.key_dim != shape.value_dim:
+        scores = 3 * batch_rows * group * min(num_random, KEY_CHUNK) * _FP32
+    masks = _expected_cut_blocks(shape, num_draws, num_blocks, L, base_edges) * L * L * _FP32
+    lists = query_blocks * num_draws * 8
+    kept = shape.num_kv_heads * (masks + lists)
+    return Workspace(
+        _accumulator(shape) + panel_blocks * one_row + parts + head_copy + scores + 2 * masks, kept
+    )
+
+
+def _expected_cut_blocks(shape: CallShape, num_draws: int, num_blocks: int, L: int, base_edges: int) -> int:
+    """Drawn blocks, of all query blocks of one key head, that need a mask: each of a query block's
+    ``base_edges`` blocks is drawn with the chance of num_draws in the blocks it may draw from."""
+    if not shape.causal:
+        last_is_cut = shape.num_keys % L > 0
+        chance = min(1.0, num_draws / num_blocks)
+        return math.ceil(num_blocks * (base_edges + last_is_cut) * chance)
+    first = (shape.num_keys - shape.num_rows) // L
+    expected = sum(
+        min(num_draws, base_edges) * min(1.0, num_draws / max(block, 1)) for block in range(first, num_blocks)
+    )
+    return math.ceil(expected)
