@@ -28,7 +28,7 @@ between 1.0 (blocks of many MB, which go back to the system at once) and 1.9."""
 
 WHOLE_DOCUMENT_HEAP_FACTOR = 1.8
 """The same for an encoder's whole document on a CPU as long as its hidden states come from glibc's heap:
-1.75 to 1.97 was measured on the demo encoder at 3,000 to 7,000 tokens, 1.2 to 1.3 at 16,384."""
+1.75 to 1.97 was measured on the demo encoder at 3,000 to 7,000 tokens, 1.15 to 1.3 at 16,384."""
 
 LARGEST_HEAP_BLOCK = 32 << 20
 """Blocks beyond this come from the system and go back to it (glibc's highest mmap threshold)."""
