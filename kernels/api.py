@@ -133,14 +133,16 @@ def attend_packed(
     q = _rows_dense(q)
     out = q.new_empty(1, q.shape[1], q.shape[2], segments[0].v.shape[-1])
     stats: list[Stats] = []
+    dropped: list[Tensor | None] = []
     with torch.no_grad():
         for segment in segments:
-            own = replace(call, seed=segment.seed, start=segment.start)
+            own = replace(call, seed=segment.seed, start=segment.start, summaries=segment.summaries)
             rows = q[:, :, segment.rows]
             result = execute(rows, _rows_dense(segment.k), _rows_dense(segment.v), knobs, own)
             out[:, :, segment.rows] = result.out
             stats.append(result.stats)
-    return PackedResult(out, tuple(stats))
+            dropped.append(result.dropped)
+    return PackedResult(out, tuple(stats), tuple(dropped))
 
 
 def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Params:

@@ -21,6 +21,9 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kernels.math.block_lists import BlockLists
+    from kernels.math.summaries import BlockSummaries
+
 Selection = Literal["none", "row", "tile", "prompt"]
 """On what a causal row's choice of keys depends: nothing (fixed pattern), positions <= its own, its whole
 query tile (at absolute tile boundaries), or the whole prompt."""
@@ -47,6 +50,16 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    def chunk_multiple(self) -> int:
+        """Rows of the query tile that a selection looks at (``selection`` tile): a prefill whose chunks end
+        at absolute multiples of it equals the whole prefill. 1 where any chunk does."""
+        return 1
+
+    def size_problems(self, num_layers: int, num_kv_heads: int) -> list[str]:
+        """Why these params do not fit a model with so many layers to which the choice applies and so many key
+        heads in each (a budget per layer or per head of another length); [] where they do."""
+        return []
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -62,6 +75,8 @@ class Capabilities:
     learned: bool = False
     """True where a model must carry the backend's own parameters."""
     complexity: str = "O(N^2)"
+    exponent: float = 1.0
+    """Documented growth of a prefill's time with N at fixed params: time ~ N ** exponent for large N."""
     impls: tuple[str, ...] = ("reference", "torch")
 
 
@@ -70,7 +85,10 @@ class Stats:
     """What one call computed. Pairs are (query, key) pairs summed over query heads.
 
     ``pairs_kept`` pairs of the pattern, each counted once; ``pairs_exact`` pairs that ``exact`` would
-    compute; ``pairs_computed`` score elements really computed, masked ones included.
+    compute; ``pairs_computed`` score elements really computed, masked ones included; ``pairs_dense`` those of
+    them for which a dense panel over contiguous keys ran because gathering the listed blocks would have
+    cost more. ``dropped_mass`` is the mean over rows and heads of the estimated softmax mass that the
+    selection left out: 0 for ``exact``, None where a backend has no estimate.
     """
 
     pairs_kept: int
@@ -79,6 +97,8 @@ class Stats:
     selection_ms: float
     compute_ms: float
     impl: str
+    pairs_dense: int = 0
+    dropped_mass: float | None = None
 
     @property
     def density(self) -> float:
@@ -88,14 +108,24 @@ class Stats:
     def density_computed(self) -> float:
         return self.pairs_computed / self.pairs_exact if self.pairs_exact else 1.0
 
+    @property
+    def dense_share(self) -> float:
+        """Share of the computed elements that ran densely beyond the crossover."""
+        return self.pairs_dense / self.pairs_computed if self.pairs_computed else 0.0
+
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """``out`` [B, H, N, Dv] in q's dtype; ``lse`` [B, H, N] fp32 (natural log) or None; ``stats``."""
+    """``out`` [B, H, N, Dv] in q's dtype; ``lse`` [B, H, N] fp32 (natural log) or None; ``stats``.
+
+    ``dropped`` [B, H, N] fp32: each row's own estimate, 0 .. 1, of the softmax mass that its selection left
+    out; None where a backend has no estimate. Later error measurement draws its rows by it.
+    """
 
     out: Tensor
     lse: Tensor | None
     stats: Stats
+    dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,16 @@ class Call:
     """Ordinal among the layers to which the choice applies."""
     start: int
     """Absolute position of the first query."""
+    summaries: BlockSummaries | None = None
+    """What is already known about the blocks of these keys (bounds and means), kept beside a sequence's cache
+    from call to call; None: computed for this call alone. A result never depends on it."""
+
+
+class Select(Protocol):
+    """The key blocks that a block-selecting backend would list for one sequence (B = 1), beyond what its rows
+    always keep: the bench hands the same mask to other libraries."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: Any, call: Call) -> BlockLists: ...
 
 
 class Execute(Protocol):
@@ -164,6 +204,8 @@ class Backend:
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])
     """Reasons why these params cannot serve a causal (True) or bidirectional (False) model; [] where they
     can."""
+    select: Select | None = None
+    """Only block-selecting backends have it."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +220,13 @@ class Segment:
     v: Tensor
     start: int
     seed: int = 0
+    summaries: BlockSummaries | None = None
 
 
 @dataclass(frozen=True)
 class PackedResult:
-    """``out`` [1, H, T, Dv] and one ``Stats`` per segment, in order."""
+    """``out`` [1, H, T, Dv]; per segment, in order, one ``Stats``, and ``dropped`` [1, H, rows] or None."""
 
     out: Tensor
     stats: tuple[Stats, ...]
+    dropped: tuple[Tensor | None, ...] = ()

@@ -19,7 +19,7 @@ from kernels.math.merge import merge_into
 class Accumulator:
     """q [B, Hk, G, N, D], out [B, Hk, G, N, Dv], lse [B, Hk, G, N] in the accumulator's dtype; and the tally.
 
-    ``kept`` and ``computed`` count pairs over all heads and batch entries.
+    ``kept``, ``computed`` and ``dense`` count pairs as ``Stats`` says, over all heads and batch entries.
     """
 
     q: Tensor
@@ -31,6 +31,7 @@ class Accumulator:
     filled: bool = False
     kept: int = 0
     computed: int = 0
+    dense: int = 0
     selection_s: float = 0.0
 
     @property
@@ -50,11 +51,12 @@ class Accumulator:
             to_out.copy_(out)
             to_lse.copy_(lse)
 
-    def complete(self, kept: int, computed: int) -> None:
+    def complete(self, kept: int, computed: int, dense: int = 0) -> None:
         """The part has covered every row. Counts are summed over heads and batch."""
         self.filled = True
         self.kept += kept
         self.computed += computed
+        self.dense += dense
 
     def heads(self, key_heads: slice, group: slice) -> Accumulator:
         """Some of the heads, sharing memory; its tally is its own."""
@@ -67,6 +69,7 @@ class Accumulator:
             lse=self.lse[:, key_heads, group],
             kept=0,
             computed=0,
+            dense=0,
             selection_s=0.0,
         )
 
@@ -78,8 +81,10 @@ def accumulator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Accumulator:
     return Accumulator(rows, k, v, out, rows.new_empty(rows.shape[:-1]), call)
 
 
-def result(acc: Accumulator, q: Tensor, began: float, *, impl: str = "torch") -> AttentionResult:
-    """What the call returns. ``began`` is the perf_counter reading when it began."""
+def result(
+    acc: Accumulator, q: Tensor, began: float, *, impl: str = "torch", dropped: Tensor | None = None
+) -> AttentionResult:
+    """What the call returns. ``began``: the perf_counter reading when it began; ``dropped`` [B, Hk, G, N]."""
     spent_ms = (perf_counter() - began) * 1e3
     stats = Stats(
         pairs_kept=acc.kept,
@@ -88,8 +93,13 @@ def result(acc: Accumulator, q: Tensor, began: float, *, impl: str = "torch") ->
         selection_ms=acc.selection_s * 1e3,
         compute_ms=spent_ms - acc.selection_s * 1e3,
         impl=impl,
+        pairs_dense=acc.dense,
+        dropped_mass=None if dropped is None else float(dropped.mean()),
     )
-    return AttentionResult(acc.out.flatten(1, 2).to(q.dtype), acc.lse.flatten(1, 2).float(), stats)
+    rows_dropped = None if dropped is None else dropped.flatten(1, 2).float()
+    return AttentionResult(
+        acc.out.flatten(1, 2).to(q.dtype), acc.lse.flatten(1, 2).float(), stats, rows_dropped
+    )
 
 
 def pairs_exact(q: Tensor, num_keys: int, call: Call) -> int:
