@@ -183,6 +183,8 @@ class Workspace:
     """Left in the selection caches by every layer: drawn keys."""
     shared_bytes: int = 0
     """Left in the selection caches once for all layers: masks."""
+    cache_bytes: int = 0
+    """Left beside the sequence's cache by every layer, for as long as the sequence lives: block summaries."""
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,15 @@ class ModelError(Exception):
 class Work:
     """What attention did for one sequence, summed over steps. Pairs as in ``kernels.contract.Stats``, over
     the layers to which the choice applies; FLOPs over the whole forward (linear layers, every attention
-    layer)."""
+    layer). ``dropped_mass`` sums the mean over heads of the softmax mass left out, over the ``dropped_rows``
+    pairs of a layer and a row that have an estimate."""
 
     pairs_kept: int = 0
     pairs_exact: int = 0
     pairs_computed: int = 0
+    pairs_dense: int = 0
+    dropped_mass: float = 0.0
+    dropped_rows: int = 0
     flops: float = 0.0
     flops_exact: float = 0.0
     selection_ms: float = 0.0
@@ -53,6 +57,9 @@ class Work:
         self.pairs_kept += other.pairs_kept
         self.pairs_exact += other.pairs_exact
         self.pairs_computed += other.pairs_computed
+        self.pairs_dense += other.pairs_dense
+        self.dropped_mass += other.dropped_mass
+        self.dropped_rows += other.dropped_rows
         self.flops += other.flops
         self.flops_exact += other.flops_exact
         self.selection_ms += other.selection_ms

@@ -2,7 +2,8 @@
 
 One contiguous buffer per sequence, laid out layer by layer as keys [Hk, capacity, D] then values
 [Hk, capacity, Dv], so that what the kernels read is a view: keys [1, Hk, M, D] of the first M positions.
-Nothing is zeroed: pages of memory that no token has reached are never touched.
+Nothing is zeroed: pages of memory that no token has reached are never touched. Beside each layer's keys lie
+the summaries of their blocks, for attentions that choose blocks by them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+
+from kernels.math.summaries import BlockSummaries
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Cache:
         self.capacity = capacity
         self._dtype, self._device = dtype, device
         self._views: list[tuple[Tensor, Tensor]] = []
+        self._summaries: list[BlockSummaries] = []
         self._written = [0] * len(self._shapes)
         self._closed = False
 
@@ -53,16 +57,23 @@ class Cache:
     @property
     def held_bytes(self) -> int:
         """Bytes that take up memory: of a CPU's buffer what has been written, as its other pages were never
-        touched; of any other device's the whole."""
-        if not self._views or self._device.type != "cpu":
-            return self.full_bytes if self._views else 0
+        touched; of any other device's the whole; and the summaries."""
+        if not self._views:
+            return 0
+        summaries = sum(layer.nbytes for layer in self._summaries)
+        if self._device.type != "cpu":
+            return self.full_bytes + summaries
         written = zip(self._shapes, self._written, strict=True)
-        return sum(shape.elements_per_token * rows for shape, rows in written) * self._dtype.itemsize
+        elements = sum(shape.elements_per_token * rows for shape, rows in written)
+        return elements * self._dtype.itemsize + summaries
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1."""
+        """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1. What was known
+        of blocks that reach beyond ``start`` is forgotten: a step that failed may be followed by other
+        tokens."""
         if not self._views:
             self._allocate()
+        self._summaries[layer].truncate(start)
         keys, values = self._views[layer]
         keys[:, start : start + k.shape[1]].copy_(k)
         values[:, start : start + v.shape[1]].copy_(v)
@@ -73,8 +84,12 @@ class Cache:
         keys, values = self._views[layer]
         return keys[None, :, :length], values[None, :, :length]
 
+    def summaries(self, layer: int) -> BlockSummaries:
+        """What is known about the blocks of one layer's keys; kernels add to it. The layer has been written."""
+        return self._summaries[layer]
+
     def close(self) -> None:
-        self._views = []
+        self._views, self._summaries = [], []
         self._closed = True
 
     def _allocate(self) -> None:
@@ -93,3 +108,4 @@ class Cache:
             keys = take(shape.num_kv_heads, self.capacity, shape.key_dim)
             values = take(shape.num_kv_heads, self.capacity, shape.value_dim)
             self._views.append((keys, values))
+        self._summaries = [BlockSummaries(self.capacity) for _ in self._shapes]

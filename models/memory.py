@@ -123,7 +123,8 @@ class Sizes:
 
 
 def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
-    """Peak bytes of one request: its cache, and the activations of its largest step.
+    """Peak bytes of one request: its cache with what stays beside it, and the activations of its largest
+    step.
 
     A decoder reads ``chunk_tokens`` at a time, an encoder everything at once; the last chunk sees most keys.
     Within a step the largest moment is one layer's MLP, its projections, or its attention kernel under the
@@ -135,6 +136,8 @@ def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, c
     cache = sizes.cache_bytes_per_token * (tokens + new_tokens) if sizes.plan.causal else 0
     calls = [_workspace(sizes, layer, choice, rows, tokens) for layer in sizes.plan.layers]
     live = _activations(sizes, rows, calls) + _head_bytes(sizes, 1 if new_tokens else rows)
+    at_the_end = [_workspace(sizes, layer, choice, 1, tokens + new_tokens) for layer in sizes.plan.layers]
+    cache += sum(call.cache_bytes for call in at_the_end) if sizes.plan.causal else 0
     return cache + selection_bytes(calls) + int(_heap_factor(sizes, rows) * live)
 
 

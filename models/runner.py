@@ -74,7 +74,14 @@ class Model:
             reasons.append(
                 f"backend {choice.backend!r} needs parameters that {self._info.name!r} does not carry"
             )
-        return reasons
+        return reasons + self._size_problems(choice)
+
+    def _size_problems(self, choice: Choice) -> list[str]:
+        """Params given layer by layer or head by head that are too long or too short for this network."""
+        applied = [layer for layer in self._network.plan.layers if layer.window is None]
+        heads = sorted({layer.shape.num_kv_heads for layer in applied})
+        found = [choice.params.size_problems(len(applied), num_kv_heads) for num_kv_heads in heads]
+        return list(dict.fromkeys(problem for problems in found for problem in problems))
 
     def with_max_tokens(self, max_tokens: int) -> Model:
         """The same network under another limit: what a longer document costs, whatever its quality."""

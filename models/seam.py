@@ -220,22 +220,24 @@ def _run(layer: _Layer, group: _Group, backend: str, params: Params) -> Tensor:
         layer=layer.plan.ordinal,
     )
     for member, stats in zip(group.members, result.stats, strict=True):
-        _count(member.work, stats, layer.plan)
+        _count(member.work, stats, layer.plan, member.stop - member.start)
     return result.out.transpose(1, 2).contiguous()
 
 
 def _segment(layer: _Layer, member: Member, begin: int) -> Segment:
     """A member's rows, counted from the group's first, and its keys: its cache's once the new ones are in
     it."""
+    rows = slice(member.rows.start - begin, member.rows.stop - begin)
     keys, values = layer.k[:, :, member.rows], layer.v[:, :, member.rows]
+    summaries = None
     if member.cache is not None:
         member.cache.write(layer.index, member.start, keys[0], values[0])
         keys, values = member.cache.keys_values(layer.index, member.stop)
-    rows = slice(member.rows.start - begin, member.rows.stop - begin)
-    return Segment(rows=rows, k=keys, v=values, start=member.start, seed=member.choice.seed)
+        summaries = member.cache.summaries(layer.index)
+    return Segment(rows, keys, values, member.start, member.choice.seed, summaries)
 
 
-def _count(work: Work, stats: Stats, layer: LayerPlan) -> None:
+def _count(work: Work, stats: Stats, layer: LayerPlan, num_rows: int) -> None:
     work.flops += layer.flops_per_pair * stats.pairs_computed
     if layer.window is not None:  # what the network itself declares local costs the same under every choice
         work.flops_exact += layer.flops_per_pair * stats.pairs_computed
@@ -246,6 +248,10 @@ def _count(work: Work, stats: Stats, layer: LayerPlan) -> None:
     work.pairs_kept += stats.pairs_kept
     work.pairs_exact += stats.pairs_exact
     work.pairs_computed += stats.pairs_computed
+    work.pairs_dense += stats.pairs_dense
+    if stats.dropped_mass is not None:  # the kernels report the mean over the call's rows
+        work.dropped_mass += stats.dropped_mass * num_rows
+        work.dropped_rows += num_rows
     work.selection_ms += stats.selection_ms
     work.attention_ms += stats.selection_ms + stats.compute_ms
     work.impl = stats.impl

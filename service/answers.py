@@ -32,6 +32,13 @@ class AttentionUsed(BaseModel):
     )
     density: float = Field(description="pairs kept / pairs that exact computes")
     density_computed: float = Field(description="score elements computed / pairs that exact computes")
+    dense_share: float = Field(
+        description="share of the computed elements for which a dense kernel ran, as it was the faster one"
+    )
+    dropped_mass: float | None = Field(
+        description="mean over rows, heads and layers of the backend's own estimate of the softmax mass it left "
+        "out; null where it has none"
+    )
     flops_ratio: float = Field(
         description="floating-point operations of the whole forward / those with exact"
     )
@@ -198,6 +205,8 @@ def _used(chosen: Chosen, work: Work, layers: list[int]) -> AttentionUsed:
         applied_layers=layers,
         density=_ratio(work.pairs_kept, work.pairs_exact),
         density_computed=_ratio(work.pairs_computed, work.pairs_exact),
+        dense_share=work.pairs_dense / work.pairs_computed if work.pairs_computed else 0.0,
+        dropped_mass=work.dropped_mass / work.dropped_rows if work.dropped_rows else None,
         flops_ratio=_ratio(work.flops, work.flops_exact),
         impl=work.impl,
         fallback_reason=chosen.fallback_reason,

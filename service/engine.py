@@ -18,7 +18,7 @@ from service.errors import ApiError, internal
 from service.failures import failure_of, refusal_of
 from service.jobs import Event, Job
 from service.logs import log_failure
-from service.scheduler import Entry, Limits, Rejected, Scheduler, Step
+from service.scheduler import CHUNK_MULTIPLE, Entry, Limits, Rejected, Scheduler, Step
 from service.sequences import Sequence
 
 log = logging.getLogger("longreach.engine")
@@ -156,6 +156,7 @@ class Engine:
             bytes=sequence.estimated_bytes,
             deadline=job.deadline,
             queue_deadline=job.queue_deadline,
+            chunk_multiple=max(CHUNK_MULTIPLE, sequence.choice.params.chunk_multiple()),
         )
         return sequence.entry
 

@@ -216,7 +216,7 @@ async def tokens_of(
 
 def _bytes(model: ServedModel, sequence: Sequence, choice: Choice, chunk_tokens: int) -> int:
     tokens = len(sequence.token_ids)
-    chunk = min(chunk_tokens, tokens) if sequence.chunkable else tokens
+    chunk = min(max(chunk_tokens, choice.params.chunk_multiple()), tokens) if sequence.chunkable else tokens
     return model.estimate_bytes(tokens, sequence.capacity - tokens, choice, chunk)
 
 

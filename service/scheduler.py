@@ -17,7 +17,8 @@ from service.drain_rate import DrainRate
 
 MAX_PASSED_STEPS = 8
 CHUNK_MULTIPLE = 128
-"""Chunks end at absolute multiples of this, where a backend that selects by query tile has its boundaries."""
+"""Chunks end at absolute multiples of this, or of the query tile of a backend that selects by tiles: where
+other requests left it less room, its result would move with them otherwise."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Entry:
     deadline: float | None = None
     queue_deadline: float | None = None
     """When waiting must end although running might go on (a client's own read timeout)."""
+    chunk_multiple: int = CHUNK_MULTIPLE
     read: int = 0
     decoding: bool = False
     dropped: bool = False
@@ -248,9 +250,9 @@ class Scheduler:
         left = entry.tokens - entry.read
         if not entry.chunkable:
             return left if left <= budget or must_read else 0
-        tokens = min(left, budget, self.limits.prefill_chunk_tokens)
+        tokens, multiple = min(left, budget, self.limits.prefill_chunk_tokens), entry.chunk_multiple
         if tokens < left:
-            tokens = (entry.read + max(tokens, 0)) // CHUNK_MULTIPLE * CHUNK_MULTIPLE - entry.read
+            tokens = (entry.read + max(tokens, 0)) // multiple * multiple - entry.read
         if tokens <= 0:
-            return min(left, CHUNK_MULTIPLE) if must_read else 0
+            return min(left, multiple) if must_read else 0
         return tokens

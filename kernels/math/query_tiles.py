@@ -4,8 +4,8 @@
     own keys      causal: t T .. the row itself     bidirectional: the tile's positions, the last M mod L keys
     candidates    causal: whole blocks before t T   bidirectional: all other whole blocks
 
-T rows of a tile (a multiple of L), L keys of a block. Own keys are always kept; candidates are what a selection
-chooses from. A candidate holds no key that some row of the tile may not see, so it needs no mask.
+T rows of a tile (a multiple of L), L keys of a block. Own keys are always kept; candidates are what a
+selection chooses from. A candidate holds no key that some row of the tile may not see: it needs no mask.
 """
 
 from __future__ import annotations

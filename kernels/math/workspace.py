@@ -69,12 +69,40 @@ def random_keys(shape: CallShape, num_random: int, block_size: int, base_edges: 
     return _blocks(shape, num_random, block_size, base_edges)
 
 
+def selected_blocks(
+    shape: CallShape,
+    *,
+    query_tile: int,
+    block_size: int,
+    budget_keys: int | None,
+    scoring_bytes: int,
+    summaries: bool = True,
+) -> Workspace:
+    """A backend that chooses key blocks for each query tile: its own keys, scores, gathered panels, what is
+    left out. ``budget_keys``: the most keys chosen for a tile of any layer and head (None: all of them).
+    ``scoring_bytes``: what the backend's scores take at their largest moment. ``summaries``: whether it asks
+    for block bounds or means; they stay with a decoder's cache and live as long as an encoder's call."""
+    own = spans(shape, query_tile, query_tile, num_masks=2)
+    panel_keys = shape.num_keys if budget_keys is None else min(budget_keys, shape.num_keys)
+    gathered = panels(shape, query_tile, panel_keys, parts=2)
+    panel = panel_keys * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * _FP32
+    known = _summaries(shape, block_size) if summaries else 0
+    live = max(own.live_bytes, gathered.live_bytes + panel, _accumulator(shape) + scoring_bytes)
+    dropped = 2 * shape.num_rows * shape.num_heads * _FP32
+    return Workspace(
+        live + dropped + (0 if shape.causal else known),
+        shared_bytes=own.shared_bytes,
+        cache_bytes=known if shape.causal else 0,
+    )
+
+
 def one_after_another(*parts: Workspace) -> Workspace:
     """Parts that run in turn on one accumulator; what each of them keeps stays."""
     return Workspace(
         max(part.live_bytes for part in parts),
         sum(part.kept_bytes for part in parts),
         min(sum(part.shared_bytes for part in parts), MASKS.max_bytes),
+        sum(part.cache_bytes for part in parts),
     )
 
 
@@ -96,6 +124,11 @@ def _scores(shape: CallShape, rows: int, width: int) -> int:
     if shape.on_cpu and shape.key_dim == shape.value_dim:
         return 0
     return 3 * rows * shape.num_heads * min(width, KEY_CHUNK) * _FP32
+
+
+def _summaries(shape: CallShape, block_size: int) -> int:
+    """``kernels.math.summaries``: two bounds and two means of every whole block."""
+    return shape.num_keys // block_size * shape.num_kv_heads * (3 * shape.key_dim + shape.value_dim) * _FP32
 
 
 def _widened_keys(shape: CallShape, width: int) -> int:

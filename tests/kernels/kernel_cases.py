@@ -38,6 +38,16 @@ CASES: list[Case] = [
     ("bigbird", {"window": 9, "global_tokens": 3, "num_random": 5, "block_size": 1}),
     ("bigbird", {"window": 40, "global_tokens": 70, "num_random": 96, "block_size": 32}),
     ("bigbird", {"window": 1, "global_tokens": 0, "num_random": 64, "block_size": 64}),
+    ("xattention", {}),
+    ("xattention", {"query_tile": 128, "block_size": 32, "budget": 64, "stride": 8}),
+    ("xattention", {"query_tile": 128, "block_size": 64, "mass": 0.6, "stride": 16}),
+    ("topk", {}),
+    ("topk", {"query_tile": 128, "block_size": 32, "budget": 96}),
+    ("topk", {"query_tile": 128, "block_size": 64, "mass": 0.7}),
+    ("pages", {}),
+    ("pages", {"query_tile": 128, "block_size": 32, "budget": 64}),
+    ("vertical_slash", {}),
+    ("vertical_slash", {"query_tile": 256, "block_size": 32, "num_verticals": 20, "num_slashes": 2}),
 ]
 """Every backend of the registry at its defaults and at parameters that put tile borders in awkward places."""
 

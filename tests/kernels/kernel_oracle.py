@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.kernels.selection_oracle import SELECTING, selection_mask
+
 WORD = (1 << 64) - 1
 
 
@@ -165,10 +167,40 @@ def dense_mask(
     return mask
 
 
+def kept_pairs(
+    backend: str,
+    params: dict[str, Any],
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    start: int,
+    causal: bool,
+    scale: float,
+    layer: int = 0,
+    seed: int = 0,
+) -> np.ndarray:
+    """[B, H, N, M] booleans: what the backend keeps for these queries and keys."""
+    if backend in SELECTING:
+        return selection_mask(backend, params, q, k, start=start, causal=causal, scale=scale, layer=layer)
+    (B, H, N, _), (_, Hk, M, _) = q.shape, k.shape
+    fixed = dense_mask(
+        backend,
+        params,
+        heads=(H, Hk),
+        num_rows=N,
+        num_keys=M,
+        start=start,
+        causal=causal,
+        layer=layer,
+        seed=seed,
+    )
+    return np.broadcast_to(fixed, (B, H, N, M))
+
+
 def softmax_attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """out [B, H, N, Dv] and lse [B, H, N] in fp64."""
+    """out [B, H, N, Dv] and lse [B, H, N] in fp64, for a mask [B or 1, H, N, M]."""
     group = q.shape[1] // k.shape[1]
     keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
     scores = np.where(mask, q.astype(np.float64) @ keys.swapaxes(-1, -2) * scale, -np.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,19 @@ import pytest
 import torch
 
 from kernels import attend, attend_packed, backend_names
-from kernels.contract import Segment
-from tests.kernels.kernel_cases import CASES, Case, both_directions, every_case, make_inputs, scale_of
-from tests.kernels.kernel_oracle import dense_mask, softmax_attention
+from kernels.api import parse_params
+from kernels.contract import Segment, Selection
+from kernels.registry import load
+from tests.kernels.kernel_cases import (
+    CASES,
+    Case,
+    both_directions,
+    case_id,
+    every_case,
+    make_inputs,
+    scale_of,
+)
+from tests.kernels.kernel_oracle import kept_pairs, softmax_attention
 
 HEADS = [(4, 4), (6, 2), (3, 1)]
 PLACES = [
@@ -40,9 +51,7 @@ def test_output_lse_and_pair_counts_equal_masked_softmax(case: Case, causal: boo
         heads, D = HEADS[number % 3], (60, 64)[number % 2]
         q, k, v = make_inputs(1 + number % 2, heads, N, M, D, seed=number)
         where: dict[str, Any] = {"layer": number % 3, "seed": number * 17}
-        mask = dense_mask(
-            backend, params, heads=heads, num_rows=N, num_keys=M, start=start, causal=causal, **where
-        )
+        mask = _kept(case, q, k, start, causal, **where)
         out, lse = softmax_attention(q.numpy(), k.numpy(), v.numpy(), mask, scale_of(q))
         common: dict[str, Any] = {
             "backend": backend,
@@ -56,18 +65,36 @@ def test_output_lse_and_pair_counts_equal_masked_softmax(case: Case, causal: boo
             np.testing.assert_allclose(got.out.numpy(), out, atol=2e-5, err_msg=told)
             assert got.lse is not None
             np.testing.assert_allclose(got.lse.numpy(), lse, atol=2e-5, err_msg=told)
-            assert got.stats.pairs_kept == q.shape[0] * int(mask.sum()), told
+            assert got.stats.pairs_kept == int(mask.sum()), told
             assert got.stats.pairs_kept <= got.stats.pairs_computed
             assert got.stats.impl == impl
+
+
+def _kept(case: Case, q: torch.Tensor, k: torch.Tensor, start: int, causal: bool, **where: int) -> np.ndarray:
+    """[B, H, N, M]: what the oracle keeps."""
+    wide = (x.double().numpy() for x in (q, k))
+    return kept_pairs(*case, *wide, start=start, causal=causal, scale=scale_of(q), **where)
+
+
+def _selection(case: Case) -> Selection:
+    return load(case[0]).capabilities.selection
+
+
+def _borders(case: Case, num_rows: int) -> list[int]:
+    """Where a prefill of these rows may be cut without moving its result: anywhere, or at the query tiles."""
+    if _selection(case) in ("none", "row"):
+        return [0, 1, 130, 256, 257, num_rows]
+    tile = parse_params(*case).chunk_multiple()
+    return [*range(0, num_rows, tile), num_rows]
 
 
 @every_case
 @both_directions
 def test_fp64_agrees_tightly_and_narrow_types_within_their_rounding(case: Case, causal: bool) -> None:
     backend, params = case
-    mask = dense_mask(backend, params, heads=(6, 2), num_rows=150, num_keys=290, start=140, causal=causal)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         q, k, v = make_inputs(1, (6, 2), 150, 290, 64, dtype=dtype)
+        mask = _kept(case, q, k, 140, causal)
         got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q))
         wide = (x.double().numpy() for x in (q, k, v))
         out, _ = softmax_attention(*wide, mask, scale_of(q))
@@ -93,9 +120,11 @@ def test_values_may_be_wider_or_narrower_than_keys(case: Case, causal: bool) -> 
 @every_case
 @both_directions
 def test_a_prefill_in_chunks_equals_the_whole_prefill(case: Case, causal: bool) -> None:
-    """Causal chunks see the keys so far; bidirectional query tiles see all of them."""
+    """Causal chunks see the keys so far; bidirectional query tiles see all of them. A selection by query tile
+    is cut at its tiles."""
     backend, params = case
-    q, k, v = make_inputs(1, (6, 2), 470, 470, 64)
+    num_rows = 470 if _selection(case) in ("none", "row") else 1100
+    q, k, v = make_inputs(1, (6, 2), num_rows, num_rows, 64)
     common: dict[str, Any] = {
         "backend": backend,
         "params": params,
@@ -105,8 +134,8 @@ def test_a_prefill_in_chunks_equals_the_whole_prefill(case: Case, causal: bool) 
     }
     whole = attend(q, k, v, **common)
     kept = 0
-    for a, b in ((0, 1), (1, 130), (130, 256), (256, 257), (257, 470)):
-        end = b if causal else 470
+    for a, b in pairwise(_borders(case, num_rows)):
+        end = b if causal else num_rows
         part = attend(q[:, :, a:b], k[:, :, :end], v[:, :, :end], start=a, **common)
         torch.testing.assert_close(part.out, whole.out[:, :, a:b], atol=1e-5, rtol=0)
         kept += part.stats.pairs_kept
@@ -116,6 +145,8 @@ def test_a_prefill_in_chunks_equals_the_whole_prefill(case: Case, causal: bool) 
 @every_case
 def test_decode_equals_the_last_rows_of_the_prefill(case: Case) -> None:
     backend, params = case
+    if _selection(case) not in ("none", "row"):
+        pytest.skip("it selects by query tile: a decoded row is a tile of its own")
     for heads in HEADS:
         q, k, v = make_inputs(2, heads, 300, 300, 60)
         common: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": scale_of(q)}
@@ -195,14 +226,18 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 @every_case
 @pytest.mark.parametrize(("where", "poison"), [("k", math.nan), ("v", math.inf)], ids=["k-nan", "v-inf"])
 def test_poisoned_future_keys_do_not_touch_earlier_rows(case: Case, where: str, poison: float) -> None:
+    """A row is moved by later tokens only inside the query tile that it shares with them."""
     backend, params = case
-    for bad in (1, 130, 299):
-        q, k, v = make_inputs(1, (6, 2), 300, 300, 64)
+    tile = 1 if _selection(case) in ("none", "row") else parse_params(*case).chunk_multiple()
+    for bad in (1, 130, 299, 800):
+        num_rows = max(300, bad + 100)
+        q, k, v = make_inputs(1, (6, 2), num_rows, num_rows, 64)
         common: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": scale_of(q)}
         want = attend(q, k, v, **common)
         {"k": k, "v": v}[where][:, :, bad:] = poison
         got = attend(q, k, v, **common)
-        torch.testing.assert_close(got.out[:, :, :bad], want.out[:, :, :bad], atol=1e-5, rtol=0)
+        free = bad // tile * tile
+        torch.testing.assert_close(got.out[:, :, :free], want.out[:, :, :free], atol=1e-5, rtol=0)
         assert not torch.isfinite(got.out[:, :, bad:]).all()
 
 
@@ -211,10 +246,10 @@ def test_poisoned_future_keys_do_not_touch_earlier_rows(case: Case, where: str, 
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_a_poisoned_key_reaches_exactly_the_rows_that_keep_it(case: Case, causal: bool, where: str) -> None:
     backend, params = case
-    mask = dense_mask(backend, params, heads=(6, 2), num_rows=300, num_keys=300, start=0, causal=causal)
     for bad in (0, 127, 170):
         q, k, v = make_inputs(1, (6, 2), 300, 300, 64)
         {"k": k, "v": v}[where][:, :, bad] = math.nan
+        mask = _kept(case, q, k, 0, causal)[0]
         got = attend(q, k, v, backend=backend, params=params, causal=causal, scale=scale_of(q))
         spoiled = ~torch.isfinite(got.out[0]).all(-1)
         np.testing.assert_array_equal(spoiled.numpy(), mask[:, :, bad])
@@ -265,6 +300,29 @@ def test_the_same_call_gives_the_same_bits(case: Case, causal: bool) -> None:
     assert torch.equal(attend(q, k, v, **common).out, attend(q, k, v, **common).out)
 
 
+@every_case
+@both_directions
+def test_the_dropped_mass_is_a_share_per_row_and_zero_where_everything_is_kept(
+    case: Case, causal: bool
+) -> None:
+    backend, params = case
+    q, k, v = make_inputs(2, (6, 2), 600, 600, 64)
+    common: dict[str, Any] = {"backend": backend, "params": params, "causal": causal, "scale": scale_of(q)}
+    got = attend(q, k, v, **common)
+    if got.dropped is None:
+        assert got.stats.dropped_mass is None and _selection(case) == "none"
+        return
+    assert got.dropped.shape == (2, 6, 600) and got.dropped.dtype == torch.float32
+    assert ((got.dropped >= 0) & (got.dropped <= 1)).all()
+    assert got.stats.dropped_mass == pytest.approx(float(got.dropped.mean()), abs=1e-6)
+    complete = torch.from_numpy(_kept(case, q, k, 0, causal)).sum(-1) == (
+        torch.arange(1, 601) if causal else 600
+    )
+    assert (got.dropped[complete] <= 1e-6).all()
+    if not complete.all():
+        assert (got.dropped[~complete] > 0).any()
+
+
 WIDE: list[Case] = [
     ("window", {"window": 65536}),
     ("window", {"window": 1, "global_tokens": 4096}),
@@ -273,10 +331,15 @@ WIDE: list[Case] = [
     ("strided", {"stride": 4096}),
     ("fixed", {"stride": 4096}),
     ("bigbird", {"window": 65536}),
+    ("xattention", {"mass": 1.0, "query_tile": 128}),
+    ("xattention", {"budget": 4096, "query_tile": 128}),
+    ("topk", {"mass": 1.0, "query_tile": 128}),
+    ("pages", {"budget": 4096, "query_tile": 128}),
+    ("vertical_slash", {"query_tile": 256, "num_verticals": 4096}),
 ]
 
 
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", WIDE, ids=case_id)
 @both_directions
 def test_a_pattern_that_covers_everything_is_exact(case: Case, causal: bool) -> None:
     backend, params = case

@@ -19,6 +19,8 @@ ATTENTION = {
     "applied_layers",
     "density",
     "density_computed",
+    "dense_share",
+    "dropped_mass",
     "flops_ratio",
     "impl",
     "fallback_reason",

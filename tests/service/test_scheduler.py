@@ -56,6 +56,20 @@ def test_a_long_prompt_is_read_in_chunks_and_then_decodes_one_token_a_step() -> 
     assert steps == [[("a", 512)], [("a", 512)], [("a", 276)], [("a", 1)], [("a", 1)]]
 
 
+def test_a_chunk_ends_at_the_query_tiles_of_a_backend_that_selects_by_them() -> None:
+    scheduler = Scheduler(limits(step_tokens=600))
+    scheduler.admit([entry("a", 300), entry("tiles", 1000, chunk_multiple=256)])
+    steps = [planned(scheduler) for _ in range(4)]
+    assert steps[0] == [("a", 300), ("tiles", 256)]
+    assert steps[1:] == [[("a", 1), ("tiles", 512)], [("a", 1), ("tiles", 232)], [("a", 1), ("tiles", 1)]]
+
+
+def test_a_query_tile_larger_than_the_step_is_read_whole() -> None:
+    scheduler = Scheduler(limits(step_tokens=512))
+    scheduler.admit([entry("tiles", 1100, chunk_multiple=1024)])
+    assert [planned(scheduler) for _ in range(3)] == [[("tiles", 1024)], [("tiles", 76)], [("tiles", 1)]]
+
+
 def test_decode_tokens_come_first_and_prompts_fill_what_is_left() -> None:
     scheduler = Scheduler(limits(step_tokens=600))
     scheduler.admit([entry("a", 10)])
