@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from kernels.contract import (
 from kernels.registry import BACKENDS, load
 
 MAX_SEED = 2**63 - 1
+GRAPH_TOKENS = 1024
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,16 +50,18 @@ def backend_names() -> tuple[str, ...]:
     return tuple(BACKENDS)
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, *, graph: bool = True) -> dict[str, Any]:
     """Backend ``name`` as plain JSON values: summary, paper, conditions, params schema, defaults,
-    capabilities.
+    capabilities, and ``graph``: what ``kernels.conditions`` finds at the defaults and GRAPH_TOKENS tokens in
+    each direction, null where the backend has none. That is computed once, on first use, in about a tenth of
+    a second per direction; ``graph`` False leaves it out.
 
     Raises UnknownBackend, which lists the known names.
     """
     backend = load(name)
     capabilities = asdict(backend.capabilities)
     capabilities["impls"] = list(backend.impls)
-    return {
+    told = {
         "name": backend.name,
         "summary": backend.summary,
         "paper": backend.paper,
@@ -65,6 +70,19 @@ def describe(name: str) -> dict[str, Any]:
         "defaults": backend.params().model_dump(mode="json"),
         "capabilities": capabilities,
     }
+    return told | {"graph": deepcopy(_graph(name))} if graph else told
+
+
+@cache
+def _graph(name: str) -> dict[str, Any]:
+    from kernels.conditions import conditions, directions
+
+    defaults = load(name).params()
+    found = {
+        direction: conditions(name, defaults, num_tokens=GRAPH_TOKENS, causal=causal).as_json()
+        for direction, causal in directions(name, defaults).items()
+    }
+    return {"num_tokens": GRAPH_TOKENS, "bidirectional": None, "causal": None} | found
 
 
 def parse_params(backend: str, params: Mapping[str, Any] | Params | None = None) -> Params:

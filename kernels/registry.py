@@ -16,6 +16,9 @@ BACKENDS: dict[str, str] = {
     "star": "kernels.attention.star",
     "random": "kernels.attention.random",
     "bigbird": "kernels.attention.bigbird",
+    "xattention": "kernels.attention.xattention",
+    "topk": "kernels.attention.topk",
+    "pages": "kernels.attention.pages",
 }
 
 

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add_settings(fetch, only=("profile", "source", "cache_dir"))
     fetch.set_defaults(run=_fetch)
     backends = commands.add_parser("backends", help="list the attention backends")
-    backends.add_argument("--markdown", action="store_true", help="as the table of the README")
+    add_backends(backends)
     backends.set_defaults(run=_backends)
     commands.add_parser(
         "bench", help="time the attention backends (arguments go to kernels.bench)", add_help=False
@@ -75,6 +75,22 @@ def add_settings(command: argparse.ArgumentParser, only: Sequence[str] | None = 
         else:
             options["metavar"] = name.rsplit("_", 1)[-1].upper()
         command.add_argument(flag_name(name), **options)
+
+
+def add_backends(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--markdown", action="store_true", help="as the table of the README")
+    command.add_argument(
+        "--conditions",
+        action="store_true",
+        help="what Yun et al.'s theory says of each mask: self loops, Hamiltonian path, s, pairs",
+    )
+    command.add_argument("--draw", metavar="DIR", help="draw the masks into DIR (needs matplotlib)")
+    command.add_argument("--backend", metavar="NAME", help="only this one")
+    command.add_argument("--params", metavar="JSON", help="its params; else the defaults, small ones to draw")
+    command.add_argument(
+        "--num-tokens", type=int, metavar="N", help="length [default: 1024 for --conditions, 256 for --draw]"
+    )
+    command.add_argument("--json", action="store_true", help="the conditions as JSON")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -112,38 +128,30 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
-    print(
-        backends_markdown() if options.markdown else "\n".join(table_lines(_BACKENDS_HEAD, _backend_rows()))
-    )
+    from service.backends_table import HEAD, rows, run
+
+    if options.markdown:
+        print(backends_markdown())
+    elif options.conditions or options.draw:
+        run(options, print_table)
+    else:
+        _refuse_idle(options)
+        print_table(HEAD, rows())
     return 0
 
 
-_BACKENDS_HEAD = ("BACKEND", "SERVES", "SELECTION", "COST", "PARAMS (DEFAULTS)", "SUMMARY")
-
-
-def _backend_rows() -> list[tuple[str, ...]]:
-    from kernels.api import describe
-    from kernels.registry import BACKENDS
-
-    rows: list[tuple[str, ...]] = []
-    for name in BACKENDS:
-        told = describe(name)
-        can = told["capabilities"]
-        kinds = " ".join(kind for kind in ("causal", "bidirectional", "decode") if can[kind])
-        params = ", ".join(f"{key}={value}" for key, value in told["defaults"].items()) or "-"
-        rows.append((name, kinds, can["selection"], can["complexity"], params, told["summary"]))
-    return rows
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """Options that say what to compute, where nothing is computed."""
+    for flag in ("backend", "params", "num_tokens", "json"):
+        if getattr(options, flag) is not (False if flag == "json" else None):
+            raise ConfigError(f"{flag_name(flag)} needs --conditions or --draw DIR")
 
 
 def backends_markdown() -> str:
     """The README's table of backends, made from the registry."""
-    from kernels.api import describe
+    from service.backends_table import markdown
 
-    lines = ["| backend | what a token sees | params (defaults) | cost | source |", "|---|---|---|---|---|"]
-    for name, _, _, cost, params, summary in _backend_rows():
-        knobs = "–" if params == "-" else f"`{params}`"
-        lines.append(f"| `{name}` | {summary} | {knobs} | {cost} | {describe(name)['paper']} |")
-    return "\n".join(lines)
+    return markdown()
 
 
 def _bench(arguments: Sequence[str]) -> int:

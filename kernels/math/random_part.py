@@ -17,10 +17,12 @@ from torch import Tensor
 
 from kernels.contract import Call
 from kernels.math.accumulate import Accumulator
-from kernels.math.block_sparse import BlockLists, PartialBlocks, add_block_lists, key_blocks
+from kernels.math.block_lists import BlockLists
+from kernels.math.block_sparse import add_block_lists
 from kernels.math.cache import DRAWS
-from kernels.math.dense import make_mask
+from kernels.math.dense import Mask, dense_part, make_mask
 from kernels.math.edges import attend_edges, attend_row_edges
+from kernels.math.merge import merge_into
 from kernels.math.random_keys import RandomParams, block_draws, row_draws
 from kernels.math.spans import Span, SpanPattern
 
@@ -193,60 +195,111 @@ def _row_blocks(acc: Accumulator, params: RandomParams, base: SpanPattern | None
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """The lists of every key head, one or more groups of query blocks each; pair counts per query head of the
-    sum.
+class PartialBlocks:
+    """Blocks of which the base has a part, or that the keys end in: at most one key block ``keys[p]`` [P, L]
+    for each query block ``query_block[p]`` of one key head, with its mask [P, 1, R, L].
+
+    The query blocks are those of ``height`` rows from row ``row`` of the call on.
     """
 
-    lists: tuple[tuple[BlockLists, ...], ...]
+    head: int
+    row: int
+    height: int
+    query_block: Tensor
+    keys: Tensor
+    mask: Mask
+
+    @property
+    def nbytes(self) -> int:
+        return self.query_block.nbytes + self.keys.nbytes + self.mask.nbytes
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Whole blocks as lists per query block and key head; the others one by one, and how many of their pairs
+    are kept and computed per query head of a group."""
+
+    whole: BlockLists
+    partial: tuple[PartialBlocks, ...]
     kept: int
     computed: int
 
     @property
     def nbytes(self) -> int:
-        return sum(group.nbytes for groups in self.lists for group in groups)
+        return self.whole.nbytes + sum(blocks.nbytes for blocks in self.partial)
 
 
 def _add_blocks(acc: Accumulator, params: RandomParams, base: SpanPattern) -> None:
-    call, L = acc.call, params.block_size
-    B, Hk, G, num_rows, _ = acc.q.shape
+    B, G = acc.q.shape[0], acc.q.shape[2]
     began = perf_counter()
-    num_keys = call.start + num_rows if call.causal else acc.k.shape[2]
-    key = (
-        "blocks",
-        call.seed,
-        call.layer,
-        call.causal,
-        Hk,
-        call.start,
-        num_rows,
-        num_keys,
-        params.num_random,
-        L,
-    )
-    place = (acc.q.dtype, acc.q.device)
-    plan = DRAWS.get((*key, base.key, place), lambda: block_plan(acc, params, base, num_keys))
+    plan = _cached_plan(acc, params, base)
     acc.selection_s += perf_counter() - began
     for b in range(B):
-        for head in range(Hk):
-            k, v = (key_blocks(x[b, head, :num_keys], L, acc.q.dtype) for x in (acc.k, acc.v))
-            guard = not math.isfinite(float(k.sum()) + float(v.sum()))
-            for lists in plan.lists[head]:
-                add_block_lists(acc, b, head, k, v, lists, guard)
+        add_block_lists(acc, b, plan.whole)
+        for blocks in plan.partial:
+            _add_partial(acc, b, blocks)
     acc.complete(B * G * plan.kept, B * G * plan.computed)
 
 
+def _cached_plan(acc: Accumulator, params: RandomParams, base: SpanPattern) -> BlockPlan:
+    call, num_rows = acc.call, acc.q.shape[-2]
+    num_keys = call.start + num_rows if call.causal else acc.k.shape[2]
+    where = (call.seed, call.layer, call.causal, acc.k.shape[1], call.start, num_rows, num_keys)
+    key = ("blocks", *where, params.num_random, params.block_size, base.key, acc.q.dtype, acc.q.device)
+    return DRAWS.get(key, lambda: block_plan(acc, params, base, num_keys))
+
+
+def _add_partial(acc: Accumulator, b: int, blocks: PartialBlocks) -> None:
+    q, out, lse = (
+        _query_blocks(x[b, blocks.head, :, blocks.row :], blocks) for x in (acc.q, acc.out, acc.lse)
+    )
+    k, v = (x[b, blocks.head][blocks.keys].unsqueeze(1) for x in (acc.k, acc.v))
+    guard = not math.isfinite(float(k.sum(dtype=torch.float32)) + float(v.sum(dtype=torch.float32)))
+    part, part_lse = dense_part(q.unsqueeze(1), k, v, acc.call.scale, mask=blocks.mask, guard=guard)
+    merge_into(out, lse, part[:, 0], part_lse[:, 0])
+    _put_query_blocks(acc.out[b, blocks.head, :, blocks.row :], blocks, out)
+    _put_query_blocks(acc.lse[b, blocks.head, :, blocks.row :], blocks, lse)
+
+
+def _query_blocks(rows: Tensor, blocks: PartialBlocks) -> Tensor:
+    """A copy of the query blocks' rows: [P, G, R, ...] of [G, N, ...]."""
+    return _by_block(rows, blocks)[blocks.query_block]
+
+
+def _put_query_blocks(rows: Tensor, blocks: PartialBlocks, new: Tensor) -> None:
+    _by_block(rows, blocks)[blocks.query_block] = new
+
+
+def _by_block(rows: Tensor, blocks: PartialBlocks) -> Tensor:
+    whole = rows.shape[1] // blocks.height * blocks.height
+    return torch.unflatten(rows[:, :whole], 1, (-1, blocks.height)).transpose(0, 1)
+
+
 def block_plan(acc: Accumulator, params: RandomParams, base: SpanPattern, num_keys: int) -> BlockPlan:
-    """Draw, drop repeats and what ``base`` covers, and sort the rest into full and partial blocks."""
-    lists: list[tuple[BlockLists, ...]] = [() for _ in range(acc.k.shape[1])]
+    """Draw, drop repeats and what ``base`` covers, and sort the rest into whole and partial blocks."""
+    borders = [0]
+    drawn, whole, partial = [], [], []
     kept = computed = 0
     for row, height, count in _block_rows(acc.call.start, acc.q.shape[-2], params.block_size):
         group = _Group(acc, params, base, num_keys, row, height, count)
+        borders += [row + height * (block + 1) for block in range(count)]
+        drawn.append(group.drawn)
+        whole.append(group.whole)
         for head in range(acc.k.shape[1]):
-            one, more_kept, more_computed = group.lists(head)
-            lists[head] = (*lists[head], one)
-            kept, computed = kept + more_kept, computed + more_computed
-    return BlockPlan(tuple(lists), kept, computed)
+            blocks, more_kept = group.partial_blocks(head)
+            partial += blocks
+            kept += more_kept
+            computed += sum(len(one.keys) for one in blocks) * height * params.block_size
+    lists = _lists(np.concatenate(drawn, 1), np.concatenate(whole, 1), params.block_size, borders)
+    return BlockPlan(lists, tuple(partial), kept, computed)
+
+
+def _lists(drawn: np.ndarray, whole: np.ndarray, block: int, borders: list[int]) -> BlockLists:
+    """Lists of the draws [Hk, tiles, F] that are ``whole``."""
+    ends = whole.sum(-1).cumsum().reshape(whole.shape[:2])
+    begins = np.concatenate([[0], ends.flat[:-1]]).reshape(ends.shape)
+    indptr = torch.from_numpy(np.concatenate([begins, ends[:, -1:]], 1))
+    return BlockLists(block, tuple(borders), indptr, torch.from_numpy(drawn[whole]).int())
 
 
 def _block_rows(start: int, num_rows: int, L: int) -> Iterator[tuple[int, int, int]]:
@@ -289,37 +342,19 @@ class _Group:
         for span in base.spans(rows, num_keys):
             self.lo.append(span.lo.reshape(count, height))
             self.hi.append(span.hi.reshape(count, height))
+        self.whole, self.partial = self._sorted_out()
 
-    def lists(self, head: int) -> tuple[BlockLists, int, int]:
-        """The lists of one key head, and the pairs kept and computed per query head."""
-        drawn = self.drawn[head]
-        fresh = drawn >= 0
-        fresh[:, 1:] &= drawn[:, 1:] != drawn[:, :-1]
-        first, stop = drawn * self.L, np.minimum(drawn * self.L + self.L, self.num_keys)
+    def _sorted_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the draws [Hk, count, F] count as whole blocks, and which in part."""
+        fresh = self.drawn >= 0
+        fresh[..., 1:] &= self.drawn[..., 1:] != self.drawn[..., :-1]
+        first, stop = self.drawn * self.L, np.minimum(self.drawn * self.L + self.L, self.num_keys)
         touched, covered = self._against_base(first, stop)
         cut = stop - first < self.L
-        full = fresh & ~touched & ~cut
-        partial = fresh & ~covered & (touched | cut)
-        num_full = full.sum(1)
-        F_ = int(num_full.max())
-        order = np.argsort(~full, axis=1, kind="stable")[:, :F_]
-        packed = np.maximum(np.take_along_axis(drawn, order, 1), 0)
-        parts, partial_kept = self._partial(drawn, partial)
-        kept = int(num_full.sum()) * self.height * self.L + partial_kept
-        computed = (self.count * F_ + int(partial.sum())) * self.height * self.L
-        on = self.device
-        lists = BlockLists(
-            self.row,
-            self.height,
-            self.count,
-            torch.from_numpy(packed).to(on),
-            torch.from_numpy(num_full).to(on),
-            parts,
-        )
-        return lists, kept, computed
+        return fresh & ~touched & ~cut, fresh & ~covered & (touched | cut)
 
     def _against_base(self, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Key blocks [count, F] that share a pair with the base, and those that lie in one span for every
+        """Key blocks [Hk, count, F] that share a pair with the base, and those that lie in one span for every
         row.
         """
         touched, covered = np.zeros(first.shape, bool), np.zeros(first.shape, bool)
@@ -331,23 +366,28 @@ class _Group:
             covered |= (first >= lo.max(1)[:, None]) & (stop <= hi.min(1)[:, None])
         return touched, covered
 
-    def _partial(self, drawn: np.ndarray, partial: np.ndarray) -> tuple[tuple[PartialBlocks, ...], int]:
-        """Partial blocks in rounds of at most one per query block, with masks; and the pairs they keep."""
+    def partial_blocks(self, head: int) -> tuple[list[PartialBlocks], int]:
+        """One key head's in rounds of at most one per query block, and the pairs they keep."""
         rounds, kept = [], 0
+        partial, drawn = self.partial[head], self.drawn[head]
         turn = np.cumsum(partial, axis=1) - 1
         for number in range(int(partial.sum(1).max())):
             query_block, slot = np.nonzero(partial & (turn == number))
-            keep = self._keep(query_block, drawn[query_block, slot])
+            key_block = drawn[query_block, slot]
+            keep = self._keep(query_block, key_block)
             kept += int(keep.sum())
-            mask = make_mask(torch.from_numpy(keep[:, None]).to(self.device), self.dtype)
+            keys = np.minimum(key_block[:, None] * self.L + np.arange(self.L), self.num_keys - 1)
             rounds.append(
                 PartialBlocks(
+                    head,
+                    self.row,
+                    self.height,
                     torch.from_numpy(query_block).to(self.device),
-                    torch.from_numpy(drawn[query_block, slot]).to(self.device),
-                    mask,
+                    torch.from_numpy(keys).to(self.device),
+                    make_mask(torch.from_numpy(keep[:, None]).to(self.device), self.dtype),
                 )
             )
-        return tuple(rounds), kept
+        return rounds, kept
 
     def _keep(self, query_block: np.ndarray, key_block: np.ndarray) -> np.ndarray:
         """Pairs [P, R, L] of those blocks that exist and that the base does not have."""

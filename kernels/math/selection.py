@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
@@ -81,12 +81,21 @@ _read_budget, _read_mass = _nested("budget", _budget), _nested("mass", _mass)
 
 BudgetForms = int | tuple[int | tuple[int, ...], ...]
 MassForms = float | tuple[float | tuple[float, ...], ...]
-Budget = Annotated[BudgetForms, PlainValidator(_read_budget), WithJsonSchema(_schema(_KEYS, False))]
+_AS_IT_IS = PlainSerializer(lambda value: value)
+Budget = Annotated[
+    BudgetForms, PlainValidator(_read_budget), _AS_IT_IS, WithJsonSchema(_schema(_KEYS, optional=False))
+]
 MaybeBudget = Annotated[
-    BudgetForms | None, PlainValidator(_optional(_read_budget)), WithJsonSchema(_schema(_KEYS, True))
+    BudgetForms | None,
+    PlainValidator(_optional(_read_budget)),
+    _AS_IT_IS,
+    WithJsonSchema(_schema(_KEYS, optional=True)),
 ]
 MaybeMass = Annotated[
-    MassForms | None, PlainValidator(_optional(_read_mass)), WithJsonSchema(_schema(_SHARE, True))
+    MassForms | None,
+    PlainValidator(_optional(_read_mass)),
+    _AS_IT_IS,
+    WithJsonSchema(_schema(_SHARE, optional=True)),
 ]
 
 _BUDGET_TEXT = (
@@ -160,8 +169,8 @@ class SelectParams(TileParams):
     budget: MaybeBudget = Field(default=1024, description=_BUDGET_TEXT + " Instead of mass.")
     mass: MaybeMass = Field(
         default=None,
-        description="The share of the estimated softmax mass that each query tile keeps with as few blocks as "
-        "can be, or lists like those of budget. Instead of budget.",
+        description="The share of the estimated softmax mass that each query tile keeps, with as few blocks "
+        "as can be; or lists like those of budget. Instead of budget.",
     )
 
     @model_validator(mode="before")
@@ -255,7 +264,7 @@ def choose(scores: BlockScores, candidates: Tensor, keep: Keep) -> Tensor:
     """
     broken = ~torch.isfinite(scores.mass) & candidates
     ranked = scores.mass.masked_fill(broken, math.inf).masked_fill(~candidates, -math.inf)
-    best, order = ranked.sort(-1, descending=True, stable=True)
+    best, order = ranked.sort(dim=-1, descending=True, stable=True)
     if keep.blocks is not None:
         taken = torch.arange(order.shape[-1]) < torch.tensor(keep.blocks)[:, None, None]
     else:

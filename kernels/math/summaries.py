@@ -10,7 +10,6 @@ shows in the block's bounds and mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,13 +128,3 @@ def _summarise(k: Tensor, v: Tensor, begin: int, into: Summary) -> None:
     into.kmin[:, begin:].copy_(keys.amin(2))
     into.kmean[:, begin:].copy_(keys.mean(2, dtype=into.kmean.dtype))
     into.vmean[:, begin:].copy_(values.mean(2, dtype=into.vmean.dtype))
-
-
-def batch_summaries(
-    k: Tensor, v: Tensor, block: int, num_blocks: int, kept: BlockSummaries | None
-) -> Sequence[Summary]:
-    """One summary for each sequence of k [B, Hk, M, D], v [B, Hk, M, Dv]: from what is kept beside it, or
-    computed for this call. Only a single sequence can have something kept."""
-    if kept is not None and len(k) > 1:
-        raise ValueError(f"summaries belong to one sequence, the call has {len(k)}")
-    return [(kept or BlockSummaries()).get(k[b], v[b], block, num_blocks) for b in range(len(k))]

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from kernels.contract import CallShape, Workspace
-from kernels.math.block_sparse import PANEL_BYTES
+from kernels.math.block_sparse import PANEL_BYTES, VIEW_ROWS
 from kernels.math.cache import DRAWS, MASKS
 from kernels.math.dense import KEY_CHUNK
 from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS
@@ -24,6 +24,8 @@ _EDGE_LIST = 4 + 1
 """A drawn key: int32, and whether it is dropped."""
 _EDGE_SCORES = 16
 """Beside it, one head at a time: the CSR pattern and its copy, the scores, the embedding bag's offsets."""
+_CHOICE = 40
+"""A block of one query tile while it is chosen: its score, masked and sorted, its place, its list entry."""
 _DRAWING = 6 * 8
 """int64 intermediates of the generator, the reduction to the range and the sort, per draw at once."""
 
@@ -38,13 +40,13 @@ def panels(shape: CallShape, rows: int, width: int, parts: int) -> Workspace:
     )
 
 
-def spans(shape: CallShape, tile: int, width: int, num_masks: int) -> Workspace:
+def spans(shape: CallShape, tile: int, width: int, num_masks: int, parts: int = 2) -> Workspace:
     """``kernels.math.spans``: tiles of ``tile`` rows in batches, panels of ``width`` keys, and as many
-    masks as tiles can differ in."""
+    masks as tiles can differ in; ``parts`` as in ``panels``."""
     tile = min(tile, shape.num_rows)
     width = min(width, shape.num_keys)
     rows = min(shape.num_rows, max(BATCH_ROWS, tile))
-    batch = panels(shape, rows, width, parts=2)
+    batch = panels(shape, rows, width, parts)
     gathered = 0 if shape.itemsize >= _FP32 else (rows // tile) * _widened_keys(shape, width)
     mask = tile * min(width, 4 * tile) * _FP32
     masks = min(num_masks, -(-shape.num_rows // tile) + 1) * mask
@@ -82,18 +84,33 @@ def selected_blocks(
     left out. ``budget_keys``: the most keys chosen for a tile of any layer and head (None: all of them).
     ``scoring_bytes``: what the backend's scores take at their largest moment. ``summaries``: whether it asks
     for block bounds or means; they stay with a decoder's cache and live as long as an encoder's call."""
-    own = spans(shape, query_tile, query_tile, num_masks=2)
-    panel_keys = shape.num_keys if budget_keys is None else min(budget_keys, shape.num_keys)
-    gathered = panels(shape, query_tile, panel_keys, parts=2)
-    panel = panel_keys * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * _FP32
+    own = spans(shape, query_tile, query_tile, num_masks=2, parts=_own_parts(shape, block_size))
+    longest = shape.num_keys if budget_keys is None else min(budget_keys, shape.num_keys)
     known = _summaries(shape, block_size) if summaries else 0
-    live = max(own.live_bytes, gathered.live_bytes + panel, _accumulator(shape) + scoring_bytes)
+    moments = (_listed(shape, query_tile, longest), scoring_bytes, _left_out(shape, query_tile, block_size))
+    live = max(own.live_bytes, _accumulator(shape) + max(moments))
     dropped = 2 * shape.num_rows * shape.num_heads * _FP32
     return Workspace(
         live + dropped + (0 if shape.causal else known),
         shared_bytes=own.shared_bytes,
         cache_bytes=known if shape.causal else 0,
     )
+
+
+def block_scores(shape: CallShape, query_tile: int, block_size: int, columns: int, copies: int) -> int:
+    """Bytes of a scoring: for one query tile at a time ``copies`` of its rows of all heads over ``columns``
+    scores, and the table of every tile's blocks from which the choice is made."""
+    rows = min(query_tile, shape.num_rows) * shape.num_heads
+    tiles = -(-shape.num_rows // query_tile) + 1
+    table = shape.num_kv_heads * tiles * (shape.num_keys // block_size)
+    return rows * columns * copies * _FP32 + table * _CHOICE
+
+
+def most_keys(budget: int | Sequence[int | Sequence[int]] | None) -> int | None:
+    """The largest budget of any layer and head; None: as many keys as there are."""
+    if budget is None or isinstance(budget, int):
+        return budget
+    return max(layer if isinstance(layer, int) else max(layer) for layer in budget)
 
 
 def one_after_another(*parts: Workspace) -> Workspace:
@@ -124,6 +141,39 @@ def _scores(shape: CallShape, rows: int, width: int) -> int:
     if shape.on_cpu and shape.key_dim == shape.value_dim:
         return 0
     return 3 * rows * shape.num_heads * min(width, KEY_CHUNK) * _FP32
+
+
+def _own_parts(shape: CallShape, block_size: int) -> int:
+    """Outputs at once: grouped heads of several tiles are joined from one call per key head, and a
+    bidirectional row also sees the last keys that are no whole block."""
+    joined = 1 < shape.num_kv_heads < shape.num_heads and shape.num_rows > 1
+    return 1 + joined + (not shape.causal and shape.num_keys % block_size > 0)
+
+
+def _listed(shape: CallShape, query_tile: int, longest: int) -> int:
+    """``kernels.math.block_sparse`` over lists of up to ``longest`` keys: a batch of gathered panels, or
+    slices of the keys, with the rows that attend to them and what they give."""
+    tiles = -(-shape.num_rows // query_tile)
+    tile = min(query_tile, shape.num_rows)
+    rows = tile * (shape.num_heads // shape.num_kv_heads)
+    key = shape.key_dim + shape.value_dim
+    row = key + 1
+    at_once = max(1, PANEL_BYTES // max(1, longest * key * _FP32))
+    lists = min(at_once, shape.num_kv_heads * tiles)
+    copies = 1 if shape.itemsize >= _FP32 else 2
+    gathered = lists * (longest * key * copies + rows * row) * _FP32
+    viewed = min(max(VIEW_ROWS, rows), shape.num_rows * shape.num_heads) * row * _FP32
+    masks_and_scores = _scores(shape, tile, longest) * lists // max(1, shape.num_kv_heads)
+    return max(gathered, viewed + _widened_keys(shape, shape.num_keys)) + masks_and_scores
+
+
+def _left_out(shape: CallShape, query_tile: int, block_size: int) -> int:
+    """``kernels.math.remainder``: which blocks are left out, and of one tile at a time the means' outputs."""
+    num_blocks = shape.num_keys // block_size
+    tiles = -(-shape.num_rows // query_tile) + 1
+    rows = min(query_tile, shape.num_rows) * shape.num_heads
+    scores = _scores(shape, min(query_tile, shape.num_rows), num_blocks)
+    return shape.num_heads * tiles * num_blocks * 2 + rows * (3 * shape.value_dim + 4) * _FP32 + scores
 
 
 def _summaries(shape: CallShape, block_size: int) -> int:

@@ -94,7 +94,8 @@ async def one_model(name: str, request: Request) -> ModelCard:
     responses=documented("invalid_api_key"),
     summary="Attention backends, their params, and which models they serve",
 )
-async def backends(request: Request) -> BackendList:
+def backends(request: Request) -> BackendList:
+    # Not async: the first call works out every pattern's graph conditions, and the event loop must not wait.
     runtime: Runtime = request.app.state.runtime
     return BackendList(
         data=[

@@ -1,0 +1,151 @@
+"""Pages: per query tile, the key blocks whose upper bound on the logits is largest.
+
+    u_ib = sum_d max(scale q_id kmax_bd, scale q_id kmin_bd)  >=  scale <q_i, k_j>   for every key j of page b
+    score of page b for a tile = mean over its rows and its group's heads of softmax_b(u_i)
+
+kmax, kmin: coordinate-wise greatest and least key of the page, a block of ``block_size`` keys. For one row this
+is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always. Cost
+O(N^2 / block_size + N budget) time, O(N) memory. A decode step reads 2 / block_size of K for the bounds, half
+as much again for the means of what it leaves out (both are kept from step to step), and the keys that it keeps.
+Accumulates in fp32, returns q's dtype.
+
+When not to use it: for prefill where ``xattention`` finds the same mass with fewer blocks: over many rows
+bounds are loose. Short documents, where reading everything costs less than choosing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
+from kernels.math.block_lists import BlockLists
+from kernels.math.selected import OneSequence, select_lists, selected_attention
+from kernels.math.selected_reference import selected_reference
+from kernels.math.selected_row import runs_as_row, selected_row
+from kernels.math.selection import BlockScores, BudgetParams
+from kernels.math.summaries import Summary
+from kernels.math.workspace import block_scores, most_keys, selected_blocks
+
+
+class PagesParams(BudgetParams):
+    """How many keys each query tile reads beyond its own."""
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> AttentionResult:
+    return selected_reference(q, k, v, params, call, _score_slowly)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> AttentionResult:
+    if runs_as_row(q, k, params, call):
+        return selected_row(q, k, v, params, call, _score_row)
+    return selected_attention(q, k, v, params, call, _score)
+
+
+def select(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> BlockLists:
+    return select_lists(q, k, v, params, call, _score)
+
+
+def _score(one: OneSequence, params: PagesParams) -> BlockScores:
+    tiles, bounds = one.tiles, one.summary.bounds
+    candidates = tiles.candidates()
+    mass = bounds.new_zeros(len(bounds), tiles.num_tiles, tiles.num_blocks)
+    widths = (candidates * torch.arange(1, tiles.num_blocks + 1)).amax(-1).tolist()
+    for tile, width in enumerate(widths):
+        if width:
+            own = None if one.call.causal else ~candidates[tile, :width].to(bounds.device)
+            upper = _upper_bounds(one.q[:, :, tiles.rows(tile)], bounds[:, :width], one.call.scale)
+            mass[:, tile, :width] = _mean_softmax(upper, own)
+    return BlockScores(mass.cpu())
+
+
+def _score_row(q: Tensor, known: Summary, scale: float) -> Tensor:
+    return _mean_softmax(_upper_bounds(q, known.bounds, scale))
+
+
+def _upper_bounds(q: Tensor, bounds: Tensor, scale: float) -> Tensor:
+    """q [Hk, G, R, D], bounds [Hk, P, 2 D] -> [Hk, G R, P]: one product of the positive parts with kmax and
+    the negative ones with kmin."""
+    scaled = q.flatten(1, 2) * scale
+    return torch.bmm(torch.cat([scaled.clamp(min=0), scaled.clamp(max=0)], -1), bounds.mT)
+
+
+def _mean_softmax(upper: Tensor, own: Tensor | None = None) -> Tensor:
+    """[Hk, rows, P] -> [Hk, P]: 0 for blocks that are ``own``, infinite where a bound of the block is not
+    finite, which says nothing of the others."""
+    if own is not None:
+        upper.masked_fill_(own, -math.inf)
+    mass = torch.softmax(upper, -1).mean(1)
+    if math.isfinite(float(mass.sum())):
+        return mass
+    broken = (~torch.isfinite(upper)).any(1)
+    if own is not None:
+        broken &= ~own
+    mass = torch.softmax(upper.masked_fill_(broken[:, None], -math.inf), -1).mean(1)
+    return mass.nan_to_num_(nan=0.0).masked_fill_(broken, math.inf)
+
+
+def _score_slowly(one: OneSequence, params: PagesParams) -> BlockScores:
+    """Bound by bound, from the equation."""
+    tiles, (heads, group) = one.tiles, one.q.shape[:2]
+    candidates = tiles.candidates()
+    mass = one.q.new_zeros(heads, tiles.num_tiles, tiles.num_blocks)
+    for tile in range(tiles.num_tiles):
+        pages = candidates[tile].nonzero()[:, 0].tolist()
+        for head in range(heads):
+            rows = one.q[head, :, tiles.rows(tile)]
+            upper = [_upper_bound(rows, one, head, page) for page in pages]
+            broken = [not bool(torch.isfinite(bound).all()) for bound in upper]
+            sound = [page for page, bad in zip(pages, broken, strict=True) if not bad]
+            mass[head, tile, pages] = math.inf
+            if sound:
+                weights = torch.softmax(
+                    torch.stack([u for u, bad in zip(upper, broken, strict=True) if not bad], -1), -1
+                )
+                mass[head, tile, sound] = weights.sum((0, 1)) / (group * rows.shape[1])
+    return BlockScores(mass)
+
+
+def _upper_bound(rows: Tensor, one: OneSequence, head: int, page: int) -> Tensor:
+    """[G, R]: the greatest logit that a key within the page's bounds could have."""
+    keys = one.k[head, page * one.tiles.block : (page + 1) * one.tiles.block].to(rows.dtype)
+    least, greatest = keys.min(0).values, keys.max(0).values
+    return torch.maximum(one.call.scale * rows * greatest, one.call.scale * rows * least).sum(-1)
+
+
+def workspace(params: PagesParams, shape: CallShape) -> Workspace:
+    T, L = params.query_tile, params.block_size
+    return selected_blocks(
+        shape,
+        query_tile=T,
+        block_size=L,
+        budget_keys=most_keys(params.budget),
+        scoring_bytes=block_scores(shape, T, L, columns=shape.num_keys // L, copies=2),
+    )
+
+
+BACKEND = Backend(
+    name="pages",
+    summary="The key blocks whose bounds promise the largest logits (Quest): decode reads little of the cache.",
+    paper="Tang et al., Quest (arXiv 2406.10774)",
+    params=PagesParams,
+    capabilities=Capabilities(
+        causal=True,
+        bidirectional=True,
+        decode=True,
+        exact=False,
+        selection="tile",
+        complexity="O(N^2 / block_size + N budget)",
+        exponent=2.0,
+    ),
+    impls={"reference": reference, "torch": attend},
+    workspace=workspace,
+    conditions=(
+        "A page's bound is never below its largest logit, but it can be far above: a page with large, "
+        "scattered keys may displace one that matters. The paper applies it to decode only, and keeps the "
+        "first two layers exact."
+    ),
+    select=select,
+)

@@ -1,0 +1,106 @@
+"""What the bench runs: one backend, its params and impl, at one head shape, length and direction."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kernels.api import backend_names, parse_params
+from kernels.contract import Call, Params
+from kernels.registry import load
+
+REFERENCE_MAX_LENGTH = 2048
+"""Impl ``reference`` builds dense masks: O(N^2) memory."""
+
+_MAX_LENGTH = {"topk": 16384}
+"""Backends that compute every logit to choose: never fast, so not worth minutes at the longest lengths."""
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pattern at one shape: H query heads over Hk key heads of width D, N positions."""
+
+    backend: str
+    params: dict[str, Any]
+    H: int
+    Hk: int
+    D: int
+    N: int
+    causal: bool
+    impl: str = "torch"
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.D)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.H}x{self.Hk}x{self.D}"
+
+    @property
+    def told_params(self) -> str:
+        return ", ".join(f"{name}={json.dumps(value)}" for name, value in self.params.items()) or "default"
+
+    @property
+    def parsed(self) -> Params:
+        return parse_params(self.backend, self.params)
+
+    @property
+    def call(self) -> Call:
+        """The whole prefill."""
+        return Call(causal=self.causal, scale=self.scale, seed=0, layer=0, start=0)
+
+    def __str__(self) -> str:
+        direction = "causal" if self.causal else "bidirectional"
+        return f"{self.backend} ({self.told_params}, {self.impl}) {self.shape} N={self.N} {direction}"
+
+
+def groups(
+    backends: Sequence[str],
+    params: Sequence[dict[str, Any]],
+    impls: Sequence[str],
+    shapes: Sequence[Shape],
+    lengths: Sequence[int],
+) -> Iterator[list[Case]]:
+    """Cases that take turns: those of one length, shape and direction, runnable or not (``why_not``)."""
+    for N in lengths:
+        for H, Hk, D in shapes:
+            for causal in (True, False):
+                yield [
+                    Case(name, knobs, H, Hk, D, N, causal, impl)
+                    for name in backends
+                    for knobs in params
+                    for impl in impls
+                ]
+
+
+def why_not(case: Case) -> str | None:
+    """Why the bench leaves the case out; None where it runs."""
+    backend = load(case.backend)
+    able = backend.capabilities
+    if not (able.causal if case.causal else able.bidirectional):
+        return f"it has no {'causal' if case.causal else 'bidirectional'} form"
+    if case.impl not in backend.impls:
+        return f"it has no impl {case.impl!r}"
+    reasons = backend.unsupported(case.parsed, case.causal)
+    if reasons:
+        return "; ".join(reasons)
+    if case.impl == "reference" and backend.capabilities.selection == "tile":
+        return (
+            "its reference chooses in Python loops, as slow as they are obvious: it checks and is not timed"
+        )
+    if case.impl == "reference" and case.N > REFERENCE_MAX_LENGTH:
+        return f"impl reference builds dense masks: up to N = {REFERENCE_MAX_LENGTH}"
+    longest = _MAX_LENGTH.get(case.backend, case.N)
+    return f"it computes every logit: up to N = {longest}" if longest < case.N else None
+
+
+def cpu_impls() -> list[str]:
+    """Every impl that some backend has, but those that need a GPU: the bench's tensors are on the CPU."""
+    found = {impl: None for name in backend_names() for impl in load(name).impls if impl != "triton"}
+    return sorted(found, reverse=True)

@@ -1,0 +1,41 @@
+"""The other side of every ratio: torch's dense SDPA on the same inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.benchmarks.cases import Case
+from kernels.benchmarks.inputs import Tensors
+from kernels.benchmarks.measure import Contender
+
+SLICED_FROM = 32768
+_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``parts`` > 1: only the last 1 / parts of the rows were timed, over all keys, and the whole is
+    extrapolated linearly in the rows (without a mask every row costs the same)."""
+
+    contender: Contender
+    parts: int
+
+    @property
+    def time_ms(self) -> float:
+        return self.contender.time_ms * self.parts
+
+
+def dense(case: Case, x: Tensors) -> Dense:
+    """SDPA over every pair, or over the pairs of the last rows where bidirectional calls take too long."""
+    parts = _PARTS if not case.causal and case.N >= SLICED_FROM else 1
+    q = x.q[:, :, case.N - case.N // parts :]
+    return Dense(Contender(lambda: sdpa(q, x.k, x.v, case.causal, case.scale)), parts)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """torch's own attention, key heads shared by groups of query heads where there are fewer."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)

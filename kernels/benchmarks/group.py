@@ -1,0 +1,92 @@
+"""Cases of one length, shape and direction, timed in turns with dense SDPA and FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kernels.api import attend
+from kernels.benchmarks import flex as flex_attention
+from kernels.benchmarks.cases import Case
+from kernels.benchmarks.dense import dense
+from kernels.benchmarks.errors import ExactRows, exact_rows, own_error
+from kernels.benchmarks.inputs import Inputs, Tensors, make_inputs
+from kernels.benchmarks.measure import Contender, take_turns
+from kernels.benchmarks.rows import NOT_ASKED_FOR, Flex, Measured, Row, row
+from kernels.contract import AttentionResult
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a group may cost: seconds and rounds of each contender, and whether FlexAttention runs."""
+
+    seconds: float
+    max_rounds: int
+    flex_lengths: tuple[int, ...]
+    inputs: Inputs
+
+
+@dataclass
+class Group:
+    """``failures``: cases that raised, with what they said."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def run_group(cases: Sequence[Case], effort: Effort, sgemm_gflops: float) -> Group:
+    """Every case once for its errors, then all in turns, then once more each for memory."""
+    one = cases[0]
+    x = make_inputs(effort.inputs, (one.H, one.Hk), one.N, one.D)
+    exact = exact_rows(x, one.causal, one.scale)
+    group, baseline = Group(), dense(one, x)
+    baseline.contender.begin(effort.seconds, effort.max_rounds)
+    measured = []
+    for case in cases:
+        try:
+            measured.append(_begin(case, x, exact, effort))
+        except Exception as error:
+            group.failures.append(f"{case}: {type(error).__name__}: {error}")
+    contenders = [c for m in measured for c in (m.contender, m.flex.contender) if c is not None]
+    take_turns([baseline.contender, *contenders])
+    group.rows = [row(m, baseline, sgemm_gflops, m.contender.peak_bytes()) for m in measured]
+    return group
+
+
+def _begin(case: Case, x: Tensors, exact: ExactRows, effort: Effort) -> Measured:
+    ours = Contender(lambda: _ours(case, x))
+    first: AttentionResult = ours.begin(effort.seconds, effort.max_rounds)
+    wrong, to_exact = own_error(case, x, first.out), exact.relative_error(first.out)
+    flex = _flex(case, x, first.out, effort)
+    return Measured(case, ours, first.stats, wrong, to_exact, flex)
+
+
+def _ours(case: Case, x: Tensors) -> AttentionResult:
+    impl: Any = case.impl
+    return attend(
+        x.q,
+        x.k,
+        x.v,
+        backend=case.backend,
+        params=case.parsed,
+        causal=case.causal,
+        scale=case.scale,
+        impl=impl,
+    )
+
+
+def _flex(case: Case, x: Tensors, ours: Tensor, effort: Effort) -> Flex:
+    if case.impl != "torch" or case.N not in effort.flex_lengths:
+        return Flex(NOT_ASKED_FOR)
+    run = flex_attention.runner(case, x)
+    if isinstance(run, str):
+        return Flex(run)
+    contender = Contender(run, prepares=True)
+    try:
+        out: Tensor = contender.begin(effort.seconds, effort.max_rounds)
+    except Exception as error:  # a compiler that is missing or fails must not end the bench
+        return Flex(f"it failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return Flex("", contender, float((out - ours).abs().max()))

@@ -1,0 +1,101 @@
+"""Times on a machine that drifts: contenders take turns, the median of each is reported.
+
+Every contender is called once before the rounds. One whose call takes longer than ``LONG_MS`` is not called
+again: that first call is its time. The others get as many rounds as fit into a budget of seconds, at least
+``MIN_ROUNDS``, and turns spread evenly over all rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kernels.contract import AttentionResult, PackedResult, Stats
+from kernels.peak import PeakBytes, peak_bytes
+
+LONG_MS = 5000.0
+MIN_ROUNDS = 2
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Contender:
+    """``run`` is timed; ``prepares``: its first call prepares the later ones and says nothing about them."""
+
+    run: Callable[[], Any]
+    prepares: bool = False
+    times_ms: list[float] = field(default_factory=list)
+    selections_ms: list[float] = field(default_factory=list)
+    rounds: int = 0
+    first_peak_bytes: int | None = None
+
+    @property
+    def time_ms(self) -> float:
+        return statistics.median(self.times_ms)
+
+    @property
+    def selection_ms(self) -> float:
+        return statistics.median(self.selections_ms) if self.selections_ms else 0.0
+
+    def call(self) -> tuple[float, Any]:
+        """Milliseconds of one call, and what it returned."""
+        began = perf_counter()
+        value = self.run()
+        return (perf_counter() - began) * 1e3, value
+
+    def record(self) -> None:
+        """One timed call."""
+        spent_ms, value = self.call()
+        self._keep(spent_ms, stats_of(value))
+
+    def begin(self, budget_s: float, max_rounds: int) -> Any:
+        """The first call: how many rounds will follow. Returns what it returned."""
+        peak = PeakBytes(_CPU)
+        spent_ms, value = self.call()
+        self.first_peak_bytes = peak.read()
+        if self.prepares:
+            spent_ms, value = self.call()
+        if spent_ms > LONG_MS:
+            self._keep(spent_ms, stats_of(value))
+        else:
+            self.rounds = max(MIN_ROUNDS, min(max_rounds, int(budget_s * 1e3 / max(spent_ms, 1e-3))))
+        return value
+
+    def peak_bytes(self) -> int | None:
+        """Of one call after the first, what it returns included; of a long call's only one."""
+        if self.rounds == 0:
+            return self.first_peak_bytes
+        return peak_bytes(self.run, _CPU, calls=3 if self.time_ms < LONG_MS / 5 else 1)
+
+    def _keep(self, spent_ms: float, stats: Stats | None) -> None:
+        self.times_ms.append(spent_ms)
+        if stats is not None:
+            self.selections_ms.append(stats.selection_ms)
+
+
+def take_turns(contenders: Sequence[Contender]) -> None:
+    """All rounds of all contenders, one call each per turn."""
+    last = max((each.rounds for each in contenders), default=0)
+    for turn in range(last):
+        for each in contenders:
+            if (turn * each.rounds) // last != ((turn - 1) * each.rounds) // last:
+                each.record()
+
+
+def stats_of(value: Any) -> Stats | None:
+    """The statistics of what a backend returned; None for other libraries."""
+    if isinstance(value, AttentionResult):
+        return value.stats
+    return value.stats[0] if isinstance(value, PackedResult) else None
+
+
+def sgemm_gflops(size: int = 2048) -> float:
+    """Best rate of a square fp32 matrix product on this machine, now."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    product = Contender(lambda: a @ b)
+    return 2 * size**3 / min(product.call()[0] for _ in range(6)) / 1e6

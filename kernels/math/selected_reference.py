@@ -1,0 +1,169 @@
+"""Attention over chosen key blocks, written out: the specification of every backend that chooses them.
+
+    A_i = own keys of i  ∪  blocks chosen for i's tile and key head, less those that ``skip`` passes over
+    out_i = sum_{j in A_i} w_ij v_j + sum_{b left out} w_ib vmean_b        (the second sum: remainder "mean")
+    w_ij ~ e^(scale <q_i, k_j>),   w_ib ~ L e^(scale <q_i, kmean_b>)
+
+Every logit of a call exists at once; loops over tiles and blocks. Only the choice from the scores is shared
+with ``kernels.math.selected``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Call, Stats
+from kernels.math.dense import accumulator_dtype, grouped
+from kernels.math.masked import masked_attention, positions
+from kernels.math.query_tiles import QueryTiles, query_tiles
+from kernels.math.selected import OneSequence, P, Score
+from kernels.math.selection import choose
+
+
+def selected_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: P,
+    call: Call,
+    score: Score[P],
+    *,
+    exact_dropped: bool = False,
+) -> AttentionResult:
+    """As ``selected_attention``; ``score`` is a slow one. ``exact_dropped``: every logit counts, not the
+    left-out blocks' means."""
+    results = [
+        _one_sequence(q[b : b + 1], k[b : b + 1], v[b : b + 1], params, call, score, exact_dropped)
+        for b in range(len(q))
+    ]
+    dropped = torch.cat([r.dropped for r in results if r.dropped is not None])
+    lse = torch.cat([r.lse for r in results if r.lse is not None])
+    return AttentionResult(torch.cat([r.out for r in results]), lse, _summed(results, dropped), dropped)
+
+
+def _summed(results: list[AttentionResult], dropped: Tensor) -> Stats:
+    stats = [r.stats for r in results]
+    return replace(
+        stats[0],
+        pairs_kept=sum(s.pairs_kept for s in stats),
+        pairs_exact=sum(s.pairs_exact for s in stats),
+        pairs_computed=sum(s.pairs_computed for s in stats),
+        selection_ms=sum(s.selection_ms for s in stats),
+        compute_ms=sum(s.compute_ms for s in stats),
+        dropped_mass=float(dropped.mean()),
+    )
+
+
+def _one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, params: P, call: Call, score: Score[P], exact_dropped: bool
+) -> AttentionResult:
+    began = perf_counter()
+    tiles = query_tiles(call, q.shape[2], k.shape[2], params.query_tile, params.block_size)
+    dtype, group = accumulator_dtype(q.dtype), q.shape[1] // k.shape[1]
+    one = OneSequence(grouped(q.to(dtype), k.shape[1])[0], k[0], v[0], tiles, call)
+    chosen = _chosen(one, params, score)
+    own, visible = _own(tiles, q, k), _visible(tiles, q, k)
+    keys = k[0].to(dtype).repeat_interleave(group, 0)
+    logits = (q[0].to(dtype) @ keys.mT * call.scale).masked_fill(~visible, -math.inf)
+    if params.skip > 0:
+        chosen &= ~_skipped(logits, own, chosen, tiles, params.skip)
+    keep = own | _by_key(chosen, tiles, group, k.shape[2])
+    spent_ms = (perf_counter() - began) * 1e3
+    made = masked_attention(q, k, v, keep, call)
+    kept = _Kept(logits.masked_fill(~keep, -math.inf), _left_out(one, chosen, group))
+    lse_dropped = torch.logsumexp(logits.masked_fill(keep, -math.inf) if exact_dropped else kept.means, -1)
+    dropped = torch.sigmoid(lse_dropped - torch.logsumexp(kept.logits, -1)).masked_fill(
+        lse_dropped == -math.inf, 0.0
+    )
+    made = replace(made, dropped=dropped.nan_to_num(nan=0.0)[None].float())
+    made = replace(made, stats=replace(made.stats, selection_ms=spent_ms))
+    return _with_means(made, kept, one, v, group) if params.remainder == "mean" else made
+
+
+def _chosen(one: OneSequence, params: P, score: Score[P]) -> Tensor:
+    """Bool [Hk, num_tiles, num_blocks]."""
+    candidates = one.tiles.candidates()
+    if not candidates.any():
+        return candidates.repeat(len(one.k), 1, 1)
+    keep = params.keep(one.call.layer, len(one.k))
+    return choose(score(one, params), candidates, keep)
+
+
+def _visible(tiles: QueryTiles, q: Tensor, k: Tensor) -> Tensor:
+    i, j = positions(q, k, _place(tiles))
+    return j <= i if tiles.causal else torch.ones_like(j <= i)
+
+
+def _own(tiles: QueryTiles, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [N, M]."""
+    i, j = positions(q, k, _place(tiles))
+    begin = i // tiles.height * tiles.height
+    if tiles.causal:
+        return (begin <= j) & (j <= i)
+    tail = j >= tiles.num_keys // tiles.block * tiles.block
+    return ((begin <= j) & (j < begin + tiles.height)) | tail
+
+
+def _place(tiles: QueryTiles) -> Call:
+    return Call(causal=tiles.causal, scale=1.0, seed=0, layer=0, start=tiles.start)
+
+
+def _by_key(chosen: Tensor, tiles: QueryTiles, group: int, num_keys: int) -> Tensor:
+    """Blocks of tiles and key heads as pairs of rows and query heads: bool [H, N, M]."""
+    heights = torch.tensor(tiles.borders).diff()
+    pairs = chosen.repeat_interleave(heights, 1).repeat_interleave(tiles.block, 2)
+    keep = torch.zeros(len(chosen), pairs.shape[1], num_keys, dtype=torch.bool)
+    keep[:, :, : pairs.shape[2]] = pairs
+    return keep.repeat_interleave(group, 0)
+
+
+def _skipped(logits: Tensor, own: Tensor, chosen: Tensor, tiles: QueryTiles, skip: float) -> Tensor:
+    """Which chosen blocks matter little to every row of their tile and every head of their group."""
+    group = len(logits) // len(chosen)
+    listed = own | _by_key(chosen, tiles, group, logits.shape[2])
+    best = logits.masked_fill(~listed, -math.inf).amax(-1)
+    skipped = torch.zeros_like(chosen)
+    for head, tile, block in chosen.nonzero().tolist():
+        heads, rows = slice(head * group, (head + 1) * group), tiles.rows(tile)
+        keys = slice(block * tiles.block, (block + 1) * tiles.block)
+        weight = torch.exp(logits[heads, rows, keys].amax(-1) - best[heads, rows])
+        skipped[head, tile, block] = bool((weight < skip).all())
+    return skipped
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """``logits`` [H, N, M] of the pairs attended, -inf elsewhere; ``means`` [H, N, num_blocks]: the left-out
+    blocks' mean keys with the weight of their L keys, -inf elsewhere."""
+
+    logits: Tensor
+    means: Tensor
+
+
+def _left_out(one: OneSequence, chosen: Tensor, group: int) -> Tensor:
+    tiles, heads = one.tiles, len(one.k) * group
+    q = one.q.flatten(0, 1)
+    means = q.new_full((heads, q.shape[1], tiles.num_blocks), -math.inf)
+    left_out = tiles.candidates() & ~chosen
+    for head, tile, block in left_out.nonzero().tolist():
+        mean = one.k[head, block * tiles.block : (block + 1) * tiles.block].to(q.dtype).mean(0)
+        own, rows = slice(head * group, (head + 1) * group), tiles.rows(tile)
+        means[own, rows, block] = math.log(tiles.block) + one.call.scale * (q[own, rows] @ mean)
+    return means
+
+
+def _with_means(
+    made: AttentionResult, kept: _Kept, one: OneSequence, v: Tensor, group: int
+) -> AttentionResult:
+    values = v[0].to(one.q.dtype)
+    whole = values[:, : one.tiles.num_blocks * one.tiles.block]
+    vmean = torch.unflatten(whole, 1, (one.tiles.num_blocks, one.tiles.block)).mean(2)
+    logits = torch.cat([kept.logits, kept.means], -1)
+    both = torch.cat([values, vmean], 1).repeat_interleave(group, 0)
+    out = torch.softmax(logits, -1) @ both
+    return replace(made, out=out[None].to(v.dtype), lse=torch.logsumexp(logits, -1)[None].float())

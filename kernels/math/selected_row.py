@@ -1,0 +1,129 @@
+"""One query row over its own keys and chosen key blocks: a decode step, in one softmax.
+
+    p = softmax of [scale q K_own^T | scale q K_chosen^T | log L + scale q kmean_left^T]
+    out = p [V_own; V_chosen; vmean_left]
+
+The third part only where the params ask for a remainder. Reads the keys of the own tile and of the chosen blocks
+and, of all others, what their summaries say: the same mathematics as ``kernels.math.selected`` without its
+tables, lists and merges, which for one row would cost more than the attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Call, Stats
+from kernels.math.decode import softmax_lse
+from kernels.math.dense import accumulator_dtype, grouped
+from kernels.math.selection import TileParams
+from kernels.math.summaries import BlockSummaries, Summary
+
+ScoreRow = Callable[[Tensor, Summary, float], Tensor]
+"""q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen; +inf for
+those that are to be kept before all others, never NaN."""
+
+
+def runs_as_row(q: Tensor, k: Tensor, params: TileParams, call: Call) -> bool:
+    """Whether ``selected_row`` takes this call: one causal row of one sequence, equal budgets for all heads
+    below what there is to choose from, no skipping."""
+    if q.shape[0] > 1 or q.shape[2] > 1 or not call.causal or params.skip > 0:
+        return False
+    budgets = params.keep(call.layer, k.shape[1]).blocks
+    return budgets is not None and len(set(budgets)) == 1 and budgets[0] < _num_candidates(params, call)
+
+
+def selected_row(
+    q: Tensor, k: Tensor, v: Tensor, params: TileParams, call: Call, score: ScoreRow
+) -> AttentionResult:
+    """q [1, H, 1, D], k [1, Hk, M, D], v [1, Hk, M, Dv] as ``runs_as_row`` admits them."""
+    began = perf_counter()
+    rows = grouped(q.to(accumulator_dtype(q.dtype)), k.shape[1])[0]
+    num_candidates, L = _num_candidates(params, call), params.block_size
+    budgets = params.keep(call.layer, k.shape[1]).blocks
+    assert budgets is not None
+    known = (call.summaries or BlockSummaries()).get(k[0], v[0], L, num_candidates)
+    chosen = best_blocks(score(rows, known, call.scale), budgets[0])
+    selection_s = perf_counter() - began
+    own = slice(num_candidates * L, call.start + 1)
+    out, lse, dropped = _attend(rows[:, :, 0] * call.scale, k[0], v[0], own, chosen, known, params)
+    spent_ms = (perf_counter() - began) * 1e3
+    kept = q.shape[1] * (own.stop - own.start + budgets[0] * L)
+    stats = Stats(
+        pairs_kept=kept,
+        pairs_exact=q.shape[1] * (call.start + 1),
+        pairs_computed=kept,
+        selection_ms=selection_s * 1e3,
+        compute_ms=spent_ms - selection_s * 1e3,
+        impl="torch",
+        dropped_mass=float(dropped.mean()),
+    )
+    as_given = (1, q.shape[1], 1)
+    return AttentionResult(
+        out.reshape(*as_given, -1).to(q.dtype),
+        lse.reshape(as_given).float(),
+        stats,
+        dropped.reshape(as_given).float(),
+    )
+
+
+def best_blocks(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` blocks of largest score, int64 [Hk, count], largest first; ties to the lower block."""
+    if count == 0:
+        return scores.new_empty(len(scores), 0, dtype=torch.int64)
+    best, blocks = scores.topk(count, -1)
+    if int((scores >= best[:, -1:]).sum()) > best.numel():  # a tie at the border, which topk breaks as it likes
+        blocks = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return blocks
+
+
+def _num_candidates(params: TileParams, call: Call) -> int:
+    """Whole blocks before the row's own tile."""
+    return call.start // params.query_tile * params.query_tile // params.block_size
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, own: slice, chosen: Tensor, known: Summary, params: TileParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [Hk, G, D], already scaled -> out [Hk, G, Dv], lse and dropped [Hk, G]."""
+    keys, values = (gather_blocks(x, chosen, known.block).to(q.dtype) for x in (k, v))
+    scores = [torch.bmm(q, k[:, own].to(q.dtype).mT), torch.bmm(q, keys.mT)]
+    left_out = torch.bmm(q, known.kmean.mT).add_(math.log(known.block))
+    left_out.scatter_(-1, chosen[:, None].expand(-1, q.shape[1], -1), -math.inf)
+    if params.remainder == "mean":
+        scores.append(left_out)
+    weights, lse = softmax_lse(torch.cat(scores, -1))
+    parts = torch.split(weights, [part.shape[-1] for part in scores], -1)
+    out = torch.bmm(parts[0], v[:, own].to(q.dtype))
+    out.baddbmm_(parts[1], values)
+    if params.remainder == "mean":
+        out.baddbmm_(parts[2], known.vmean)
+        dropped = parts[2].sum(-1)
+    else:
+        dropped = torch.sigmoid(torch.logsumexp(left_out, -1) - lse)
+    return out, lse, dropped.nan_to_num(nan=0.0)
+
+
+def gather_blocks(x: Tensor, blocks: Tensor, L: int) -> Tensor:
+    """Blocks of L positions of x [Hk, M, D], chosen by ``blocks`` [Hk, K] -> [Hk, K L, D], contiguous.
+
+    Where a head's positions lie side by side (a cache) the blocks of all heads are rows, a common divisor of
+    the strides apart, of one overlapping view: one copy of long rows. Else element by element.
+    """
+    (Hk, M, D), K = x.shape, blocks.shape[1]
+    if K == 0:
+        return x.new_empty(Hk, 0, D)
+    heads = torch.arange(Hk, device=x.device)[:, None]
+    if x.stride(2) != 1 or x.stride(1) != D:
+        by_block = x[:, : M // L * L].unflatten(1, (M // L, L))
+        return by_block[heads, blocks].view(Hk, K * L, D)
+    between = x.stride(0) if Hk > 1 else 0
+    unit = math.gcd(between, L * D)
+    last = (Hk - 1) * between + (M // L - 1) * L * D
+    rows = x.as_strided((last // unit + 1, L * D), (unit, 1))
+    at = heads * (between // unit) + blocks * (L * D // unit)
+    return torch.index_select(rows, 0, at.view(-1)).view(Hk, K * L, D)

@@ -1,0 +1,155 @@
+"""The pairs that vertical-slash attention keeps, written out row by row: the specification of the fast choice.
+
+    own keys  ∪  the num_verticals candidate keys of largest mass
+              ∪  candidate blocks at the num_slashes offsets of largest mass per probe row that can use them
+
+Equations as in ``kernels.math.vertical_slash``, whose code this does not share. Every logit of a probe row
+exists, and Python loops over keys, offsets and rows: for tests and small sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.contract import Call
+from kernels.math.dense import accumulator_dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The knobs: L = ``block``; verticals and slashes per key head."""
+
+    query_tile: int
+    block: int
+    probe_rows: int
+    num_verticals: tuple[int, ...]
+    num_slashes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One tile of one key head: q [G, R, D] in the accumulator's dtype, the rows' positions, k [M, D]."""
+
+    q: Tensor
+    k: Tensor
+    positions: list[int]
+    begin: int
+    call: Call
+    sizes: Sizes
+
+    def visible(self, i: int) -> range:
+        return range(i + 1 if self.call.causal else len(self.k))
+
+    def is_own(self, j: int) -> bool:
+        whole = len(self.k) // self.sizes.block * self.sizes.block
+        in_tail = not self.call.causal and j >= whole
+        return self.begin <= j < self.begin + self.sizes.query_tile or in_tail
+
+    def candidates(self) -> list[int]:
+        end = self.begin if self.call.causal else len(self.k)
+        return [j for j in range(end) if not self.is_own(j)]
+
+    def offsets(self) -> list[int]:
+        L = self.sizes.block
+        keys = {j // L for j in self.candidates()}
+        return sorted({i // L - c for i in self.positions for c in keys})
+
+    def probes(self) -> list[int]:
+        """Indices into ``positions``."""
+        num_rows = len(self.positions)
+        count = min(self.sizes.probe_rows, num_rows)
+        return [(p + 1) * num_rows // count - 1 for p in range(count)]
+
+    def logits(self, row: int) -> Tensor:
+        """[G, keys that the row may see]"""
+        keys = self.k[: len(self.visible(self.positions[row]))].to(self.q.dtype)
+        return self.q[:, row] @ keys.mT * self.call.scale
+
+
+def kept_pairs(q: Tensor, k: Tensor, sizes: Sizes, call: Call) -> tuple[Tensor, Tensor]:
+    """Bool [H, N, M], and the mass left out as the probe saw it [H, N], of one sequence: q [H, N, D], k [Hk,
+    M, D]."""
+    H, N, _ = q.shape
+    Hk, M, _ = k.shape
+    group = H // Hk
+    keep, dropped = torch.zeros(H, N, M, dtype=torch.bool), torch.zeros(H, N)
+    for rows in _tiles(call.start, N, sizes.query_tile):
+        positions = [call.start + row for row in rows]
+        begin = positions[0] // sizes.query_tile * sizes.query_tile
+        for head in range(Hk):
+            heads = slice(head * group, (head + 1) * group)
+            mine = q[heads, rows[0] : rows[-1] + 1].to(accumulator_dtype(q.dtype))
+            tile = _Tile(mine, k[head], positions, begin, call, sizes)
+            pairs, left_out = _tile_pairs(tile, head)
+            keep[heads, rows[0] : rows[-1] + 1] = pairs
+            dropped[heads, rows[0] : rows[-1] + 1] = left_out
+    return keep, dropped
+
+
+def _tiles(start: int, num_rows: int, height: int) -> Iterator[list[int]]:
+    for tile in range(start // height, (start + num_rows - 1) // height + 1):
+        yield [row for row in range(num_rows) if (start + row) // height == tile]
+
+
+def _tile_pairs(tile: _Tile, head: int) -> tuple[Tensor, Tensor]:
+    """Bool [R, M] and [R]."""
+    keep = torch.zeros(len(tile.positions), len(tile.k), dtype=torch.bool)
+    for row, i in enumerate(tile.positions):
+        for j in tile.visible(i):
+            keep[row, j] = tile.is_own(j)
+    candidates, offsets = tile.candidates(), tile.offsets()
+    num_verticals, num_slashes = tile.sizes.num_verticals[head], tile.sizes.num_slashes[head]
+    logits = {row: tile.logits(row) for row in tile.probes()}
+    broken = not all(bool(torch.isfinite(x).all()) for x in logits.values())
+    if broken or num_verticals >= len(candidates) or num_slashes >= len(offsets):
+        keep[:, candidates] = True
+        return keep, torch.zeros(len(keep))
+    weights = {row: torch.softmax(x, -1).mean(0).tolist() for row, x in logits.items()}
+    verticals = _verticals(weights, candidates, num_verticals)
+    slashes = _slashes(tile, weights, set(candidates), set(verticals), offsets, num_slashes)
+    keep[:, verticals] = True
+    L = tile.sizes.block
+    for row, i in enumerate(tile.positions):
+        keep[row, [j for j in candidates if i // L - j // L in slashes]] = True
+    return keep, _left_out(tile, weights, candidates, keep)
+
+
+def _verticals(weights: dict[int, list[float]], candidates: list[int], count: int) -> list[int]:
+    mass = {j: sum(w[j] for w in weights.values()) for j in candidates}
+    return sorted(candidates, key=lambda j: (-mass[j], j))[:count]
+
+
+def _slashes(
+    tile: _Tile,
+    weights: dict[int, list[float]],
+    candidates: set[int],
+    verticals: set[int],
+    offsets: list[int],
+    count: int,
+) -> set[int]:
+    L = tile.sizes.block
+    mass = {}
+    for d in offsets:
+        found = []
+        for row, w in weights.items():
+            first = (tile.positions[row] // L - d) * L
+            if first in candidates:
+                found.append(math.fsum(w[j] for j in range(first, first + L) if j not in verticals))
+        mass[d] = math.fsum(found) / len(found) if found else 0.0
+    return set(sorted(offsets, key=lambda d: (-mass[d], d))[:count])
+
+
+def _left_out(tile: _Tile, weights: dict[int, list[float]], candidates: list[int], keep: Tensor) -> Tensor:
+    """Of each row: the mean over the probe rows of its query block, or of the next one that has any."""
+    L = tile.sizes.block
+    lost = {row: math.fsum(w[j] for j in candidates if not keep[row, j]) for row, w in weights.items()}
+    by_block: dict[int, list[float]] = {}
+    for row in lost:
+        by_block.setdefault(tile.positions[row] // L, []).append(lost[row])
+    means = {block: sum(found) / len(found) for block, found in by_block.items()}
+    return torch.tensor([means[min(b for b in means if b >= i // L)] for i in tile.positions])

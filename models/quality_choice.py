@@ -1,0 +1,72 @@
+"""What the figures say: the best setting within a time, and what putting back left-out keys buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.quality_contenders import EXACT, REMAINDER, key_of
+from models.quality_error import ErrorRow
+
+TIME_BUDGETS = (0.25, 0.35, 0.50, 0.75)
+"""Shares of exact's attention time."""
+
+
+def best_within(rows: Sequence[ErrorRow], budget: float) -> list[ErrorRow]:
+    """Of every backend the setting with the least error whose attention, selection included, takes at most
+    ``budget`` of exact's time; least error first. Backends without such a setting are left out."""
+    best: dict[str, ErrorRow] = {}
+    for row in rows:
+        if row.backend == EXACT or row.time_share > budget:
+            continue
+        held = best.get(row.backend)
+        if held is None or (row.error, row.time_share) < (held.error, held.time_share):
+            best[row.backend] = row
+    return sorted(best.values(), key=lambda row: row.error)
+
+
+@dataclass(frozen=True)
+class RemainderGain:
+    """One setting with left-out blocks dropped (``none``) and put back as means (``mean``). ``at_equal_time``
+    is the error that ``none`` would reach in the time of ``mean``: between its own settings, on a line in
+    (log time, log error); None beyond them."""
+
+    none: ErrorRow
+    mean: ErrorRow
+    at_equal_time: float | None
+
+
+def remainder_gains(rows: Sequence[ErrorRow]) -> list[RemainderGain]:
+    """Every pair of settings that differ in ``remainder`` alone, in the order of ``rows``."""
+    found = []
+    for mean in rows:
+        if mean.full.get(REMAINDER) != "mean":
+            continue
+        wanted = key_of(mean.backend, {**mean.full, REMAINDER: "none"})
+        none = next((row for row in rows if key_of(row.backend, row.full) == wanted), None)
+        if none is not None:
+            others = [r for r in rows if r.backend == mean.backend and r.full.get(REMAINDER) == "none"]
+            found.append(RemainderGain(none, mean, error_in_time(others, mean.time_share)))
+    return found
+
+
+def error_in_time(rows: Sequence[ErrorRow], time_share: float) -> float | None:
+    """The least error of these settings in ``time_share``, between the two nearest of those that nothing
+    beats in both time and error. None outside their times, or where an error of 0 forbids a logarithm."""
+    front = pareto(rows)
+    for cheap, dear in zip(front, front[1:], strict=False):
+        if cheap.time_share <= time_share <= dear.time_share and dear.error > 0:
+            span = math.log(dear.time_share / cheap.time_share)
+            part = math.log(time_share / cheap.time_share) / span if span else 1.0
+            return math.exp((1 - part) * math.log(cheap.error) + part * math.log(dear.error))
+    return None
+
+
+def pareto(rows: Sequence[ErrorRow]) -> list[ErrorRow]:
+    """The settings that no other beats in both time and error, cheapest first."""
+    front: list[ErrorRow] = []
+    for row in sorted(rows, key=lambda row: (row.time_share, row.error)):
+        if not front or row.error < front[-1].error:
+            front.append(row)
+    return front

@@ -1,0 +1,207 @@
+"""The error that an attention backend makes in each layer, and its time beside exact's.
+
+    error of a layer = sqrt( sum_i |(o^_i - o_i) W_O|^2 / sum_i |o_i W_O|^2 )        i over all rows
+
+o exact's output of a row, o^ the contender's from the same q, k, v, W_O the output projection. The mass truly
+dropped is 1 - exp(lse_kept - lse_exact), mean over rows and heads; where left-out keys were put back as means
+the kept log-sum-exp is not known and the mass is not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Call, Execute, Params
+from kernels.math.summaries import BlockSummaries
+from kernels.registry import load as load_backend
+from models.quality_contenders import EXACT, REMAINDER, Contender, contender
+from models.quality_record import LayerRecord, chunks
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """What one contender did to one text. ``error`` is the mean over the measured layers, ``layer_errors``
+    belongs to ``layers``; times are summed over them, selection included in ``attention_s``."""
+
+    tokens: int
+    backend: str
+    params: dict[str, Any]
+    full: dict[str, Any]
+    error: float
+    layers: list[int]
+    layer_errors: list[float]
+    attention_s: float
+    selection_s: float
+    exact_attention_s: float
+    density: float
+    density_computed: float
+    dropped_estimate: float | None
+    dropped_true: float | None
+
+    @property
+    def time_share(self) -> float:
+        return self.attention_s / self.exact_attention_s
+
+    @property
+    def worst_error(self) -> float:
+        return max(self.layer_errors)
+
+
+@dataclass
+class _Mean:
+    """A mean over rows and heads that is None as soon as one part is unknown."""
+
+    total: float = 0.0
+    count: int = 0
+    known: bool = True
+
+    def add(self, values: Tensor | None) -> None:
+        self.known = self.known and values is not None
+        if values is not None:
+            self.total += float(values.double().sum())
+            self.count += values.numel()
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.known and self.count else None
+
+
+@dataclass
+class _Tally:
+    """One contender while its rows are added up."""
+
+    contender: Contender
+    execute: Execute
+    params: Params
+    seconds: float = 0.0
+    selection_s: float = 0.0
+    pairs: list[int] = field(default_factory=lambda: [0, 0, 0])
+    difference: float = 0.0
+    layer_errors: list[float] = field(default_factory=list)
+    dropped: _Mean = field(default_factory=_Mean)
+    truth: _Mean = field(default_factory=_Mean)
+    summaries: BlockSummaries | None = None
+
+    def add(self, timed: _Timed, exact: _Timed, projection: Tensor) -> None:
+        """One chunk of one layer. ``projection`` is W_O transposed, [H Dv, E]."""
+        result, stats = timed.result, timed.result.stats
+        self.seconds += timed.seconds
+        self.selection_s += timed.selection_s
+        counts = (stats.pairs_kept, stats.pairs_exact, stats.pairs_computed)
+        self.pairs = [a + b for a, b in zip(self.pairs, counts, strict=True)]
+        self.difference += squares(result.out - exact.result.out, projection)
+        self.dropped.add(result.dropped)
+        self.truth.add(_dropped_truly(result, exact.result, self.params))
+
+
+@dataclass(frozen=True)
+class _Timed:
+    result: AttentionResult
+    seconds: float
+    selection_s: float
+
+
+def _tally(each: Contender) -> _Tally:
+    backend = load_backend(each.backend)
+    return _Tally(each, backend.impls["torch"], each.choice(0).params)
+
+
+@torch.inference_mode()
+def measure_errors(
+    records: Sequence[LayerRecord],
+    contenders: Sequence[Contender],
+    *,
+    chunk_tokens: int,
+    seed: int = 0,
+    repeat: int = 1,
+) -> list[ErrorRow]:
+    """Every contender on the same recorded layers, in turns with exact chunk by chunk.
+
+    With ``repeat`` every call runs that often in as many rounds, and its least time counts.
+    """
+    exact, tallies = _tally(contender(EXACT, {})), [_tally(each) for each in contenders]
+    for record in records:
+        _measure_layer(record, exact, tallies, chunk_tokens, seed, repeat)
+    tokens, layers = records[0].q.shape[2], [record.index for record in records]
+    return [_row(tally, exact, tokens, layers) for tally in tallies]
+
+
+def _measure_layer(
+    record: LayerRecord, exact: _Tally, tallies: list[_Tally], chunk_tokens: int, seed: int, repeat: int
+) -> None:
+    everyone = [exact, *tallies]
+    for each in everyone:
+        each.summaries, each.difference = BlockSummaries(record.q.shape[2]), 0.0
+    projection, size = record.w_o.t().float(), 0.0
+    for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
+        timed = _in_turns(record, rows, everyone, seed, repeat, first=number + record.index)
+        size += squares(timed[0].result.out, projection)
+        for each, its in zip(everyone, timed, strict=True):
+            each.add(its, timed[0], projection)
+    for each in everyone:
+        each.layer_errors.append((each.difference / size) ** 0.5)
+
+
+def _in_turns(
+    record: LayerRecord, rows: slice, everyone: list[_Tally], seed: int, repeat: int, first: int
+) -> list[_Timed]:
+    """Everyone's best of ``repeat`` calls. Each round begins one further on: nobody is always first."""
+    best: dict[int, _Timed] = {}
+    for turn in range(repeat):
+        begin = (first + turn) % len(everyone)
+        for i in [*range(begin, len(everyone)), *range(begin)]:
+            its = _run(record, rows, everyone[i], seed)
+            if i not in best or its.seconds < best[i].seconds:
+                best[i] = its
+    return [best[i] for i in range(len(everyone))]
+
+
+def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int) -> _Timed:
+    """One chunk as the cache serves it: its rows over the keys so far, block summaries of earlier chunks
+    kept."""
+    assert tally.summaries is not None
+    tally.summaries.truncate(rows.start)
+    call = Call(record.plan.causal, record.scale, seed, record.plan.ordinal, rows.start, tally.summaries)
+    q, k, v = record.q[:, :, rows], record.k[:, :, : rows.stop], record.v[:, :, : rows.stop]
+    began = perf_counter()
+    result = tally.execute(q, k, v, tally.params, call)
+    return _Timed(result, perf_counter() - began, result.stats.selection_ms / 1e3)
+
+
+def squares(out: Tensor, projection: Tensor) -> float:
+    """sum |out W_O|^2 over rows: out [1, H, N, Dv], projection [H Dv, E]."""
+    rows = out[0].float().transpose(0, 1).flatten(1)
+    return float((rows @ projection).square().sum(dtype=torch.float64))
+
+
+def _dropped_truly(result: AttentionResult, exact: AttentionResult, params: Params) -> Tensor | None:
+    """Softmax mass [1, H, N] that is not in the result; None where it cannot be told."""
+    if result.lse is None or exact.lse is None or getattr(params, REMAINDER, "none") != "none":
+        return None
+    return -torch.expm1(result.lse - exact.lse)
+
+
+def _row(tally: _Tally, exact: _Tally, tokens: int, layers: list[int]) -> ErrorRow:
+    kept, pairs_exact, computed = tally.pairs
+    return ErrorRow(
+        tokens=tokens,
+        backend=tally.contender.backend,
+        params=tally.contender.params,
+        full=tally.contender.full,
+        error=sum(tally.layer_errors) / len(layers),
+        layers=layers,
+        layer_errors=tally.layer_errors,
+        attention_s=tally.seconds,
+        selection_s=tally.selection_s,
+        exact_attention_s=exact.seconds,
+        density=kept / pairs_exact,
+        density_computed=computed / pairs_exact,
+        dropped_estimate=tally.dropped.value,
+        dropped_true=tally.truth.value,
+    )

@@ -1,0 +1,109 @@
+"""The options of ``python -m models.quality``, and what its results say of when and where they were taken."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.api import backend_names
+
+DEFAULT_TEXT = Path(__file__).resolve().parents[1] / "samples" / "state-of-the-union-1901.txt"
+
+
+def _parser() -> argparse.ArgumentParser:
+    told = "What each attention backend costs and loses on a real decoder and a real text."
+    parser = argparse.ArgumentParser(prog="python -m models.quality", description=told)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="decoder: demo model, directory, hub id or GGUF file")
+    add("--text", type=Path, default=DEFAULT_TEXT, metavar="FILE")
+    add("--tokens", type=_positive, nargs="+", default=[4096, 8192], metavar="N")
+    add("--chunk-tokens", type=_natural, default=512, metavar="N", help="rows per step; 0: all at once")
+    add("--layers", type=_positive, metavar="N", help="measure every N-th layer's error (1; beyond 4,096: 3)")
+    add("--repeat", type=_positive, default=1, metavar="N", help="calls per error time; the least counts")
+    add("--seed", type=_natural, default=0)
+    add("--backends", nargs="+", choices=backend_names(), metavar="NAME", help="default: all")
+    add("--contenders", metavar="JSON", help='instead of the ladders: {"window": [{"window": 512}], ...}')
+    add("--perplexity", choices=("some", "all", "none"), default="some", help="some: fewer beyond 4,096")
+    add("--json", type=Path, metavar="FILE", help="results, written as they come")
+    add("--resume", action="store_true", help="go on with the results in --json")
+    add("--markdown", type=Path, metavar="FILE", help="tables go there instead of to the screen")
+    add("--plot", type=Path, metavar="PREFIX", help="writes PREFIX-4k.png and so on")
+    return parser
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.resume and options.json is None:
+        parser.error("--resume needs --json")
+    if options.contenders is not None and options.backends is not None:
+        parser.error("--contenders already names its backends; give one of --contenders and --backends")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "text": options.text.name,
+        "text_sha256": hashlib.sha256(options.text.read_bytes()).hexdigest(),
+        "chunk_tokens": options.chunk_tokens,
+        "layers": options.layers,
+        "repeat": options.repeat,
+        "seed": options.seed,
+    }
+
+
+def context_of(options: argparse.Namespace) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    return {
+        "command": _command(options),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{_processor()}, {threads} threads, torch {torch.__version__}",
+        "load_at_start": os.getloadavg()[0],
+    }
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The options that decide what is measured; where results were written to is nobody's business."""
+    words = ["python -m models.quality"]
+    for name in ("model", "tokens", "chunk_tokens", "layers", "repeat", "seed", "perplexity", "backends"):
+        value = getattr(options, name)
+        if value != _parser().get_default(name):
+            values = value if isinstance(value, list) else [value]
+            words.append(" ".join([f"--{name.replace('_', '-')}", *map(str, values)]))
+    if options.text != DEFAULT_TEXT:
+        words.append(f"--text {options.text.name}")
+    if options.contenders is not None:
+        words.append(f"--contenders '{options.contenders}'")
+    return " ".join(words)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()

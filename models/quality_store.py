@@ -1,0 +1,84 @@
+"""The results file of a quality run: written after every step, read again to go on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from models.quality_contenders import key_of
+from models.quality_error import ErrorRow
+from models.quality_perplexity import PerplexityRow
+
+Row = TypeVar("Row", ErrorRow, PerplexityRow)
+
+
+@dataclass
+class Results:
+    """``settings`` decide what the figures mean and must agree on resuming; ``context`` says when and
+    where."""
+
+    settings: dict[str, Any]
+    context: dict[str, Any]
+    errors: list[ErrorRow] = field(default_factory=list)
+    perplexities: list[PerplexityRow] = field(default_factory=list)
+
+    def has_error(self, tokens: int, key: str) -> bool:
+        return _has(self.errors, tokens, key)
+
+    def has_perplexity(self, tokens: int, key: str) -> bool:
+        return _has(self.perplexities, tokens, key)
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({row.tokens for row in self.errors} | {row.tokens for row in self.perplexities})
+
+
+def _has(rows: list[ErrorRow] | list[PerplexityRow], tokens: int, key: str) -> bool:
+    return any(row.tokens == tokens and key_of(row.backend, row.full) == key for row in rows)
+
+
+def save(results: Results, file: Path) -> None:
+    """Write everything; an interruption leaves the former file whole."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def load(file: Path) -> Results:
+    """ValueError where the file is not one that ``save`` wrote."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        return Results(
+            settings=dict(raw["settings"]),
+            context=dict(raw["context"]),
+            errors=[ErrorRow(**row) for row in raw["errors"]],
+            perplexities=[PerplexityRow(**row) for row in raw["perplexities"]],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no results of models.quality: {error!r}") from None
+
+
+def open_results(
+    file: Path | None, resume: bool, settings: Mapping[str, Any], context: Mapping[str, Any]
+) -> Results:
+    """New results, or those of ``file`` to go on with. ValueError where the file is there and ``resume`` was
+    not asked for, or where its settings differ."""
+    fresh = Results(dict(settings), dict(context))
+    if file is None or not file.exists():
+        return fresh
+    if not resume:
+        raise ValueError(f"{file} is there already: give --resume to go on with it, or another --json")
+    found = load(file)
+    wrong = sorted(
+        name
+        for name in {**found.settings, **settings}
+        if found.settings.get(name) != json.loads(json.dumps(settings.get(name)))
+    )
+    if wrong:
+        told = ", ".join(f"{name} ({found.settings.get(name)}, now {settings.get(name)})" for name in wrong)
+        raise ValueError(f"{file} was measured with other settings: {told}. Give another --json")
+    return found

@@ -1,0 +1,466 @@
+"""What an attention costs and loses: errors, perplexities, choices at equal time, and the results file."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels import backend_names
+from kernels.contract import Call, Params
+from kernels.registry import load as load_backend
+from models import quality, quality_contenders, quality_error
+from models.contract import Encoding, ModelError
+from models.quality_choice import best_within, error_in_time, pareto, remainder_gains
+from models.quality_contenders import (
+    Contender,
+    contender,
+    default_contenders,
+    read_contenders,
+    refuse_unsupported,
+)
+from models.quality_error import ErrorRow, measure_errors
+from models.quality_perplexity import PerplexityRow, compare, read_text
+from models.quality_plot import pyplot, write_plots
+from models.quality_record import LayerRecord, output_projection, record_layers
+from models.quality_report import markdown
+from models.quality_store import Results, load, open_results, save
+from models.runner import Model
+from tests.models.tiny import bert, choice, close, llama, network, random_ids, serve
+
+TOKENS = 120
+IDS = random_ids(TOKENS + 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return serve(network(llama), max_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def records(model: Model) -> list[LayerRecord]:
+    return record(model, 50)
+
+
+def record(model: Model, chunk_tokens: int) -> list[LayerRecord]:
+    return record_layers(model._network, IDS[:TOKENS], (0, 2), chunk_tokens)
+
+
+def errors(records: list[LayerRecord], *contenders: Contender, chunk_tokens: int = 50) -> list[ErrorRow]:
+    return measure_errors(records, contenders, chunk_tokens=chunk_tokens)
+
+
+def softmax_of(record: LayerRecord, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [N, H Dv] and weights [H, N, M] of softmax over the kept pairs, pair by pair."""
+    q, k, v = (x[0].double() for x in (record.q, record.k, record.v))
+    groups = q.shape[0] // k.shape[0]
+    logits = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * record.scale
+    weights = logits.masked_fill(~keep, -math.inf).softmax(-1)
+    return (weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1), weights
+
+
+def window_of(width: int) -> tuple[Tensor, Tensor]:
+    """Boolean [N, N]: pairs of causal attention, and of a window."""
+    i, j = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)[None]
+    return j <= i, (j <= i) & (j > i - width)
+
+
+def test_exact_against_itself_has_no_error_and_no_dropped_mass(records: list[LayerRecord]) -> None:
+    (row,) = errors(records, contender("exact", {}))
+    assert row.error == row.worst_error == row.dropped_true == 0
+    assert row.density == 1 and row.layers == [0, 2]
+    assert row.attention_s > 0 and row.exact_attention_s > 0
+
+
+def test_the_error_is_that_of_the_outputs_through_the_output_projection(records: list[LayerRecord]) -> None:
+    (row,) = errors(records, contender("window", {"window": 9}))
+    causal, window = window_of(9)
+    for record, error in zip(records, row.layer_errors, strict=True):
+        exact, got = softmax_of(record, causal)[0], softmax_of(record, window)[0]
+        w_o = record.w_o.double().T
+        wanted = ((got - exact) @ w_o).norm() / (exact @ w_o).norm()
+        assert error == pytest.approx(float(wanted), rel=1e-4)
+    assert row.error == pytest.approx(sum(row.layer_errors) / 2)
+
+
+def test_the_mass_truly_dropped_is_what_exact_gives_to_the_keys_left_out(records: list[LayerRecord]) -> None:
+    (row,) = errors(records, contender("window", {"window": 9}))
+    causal, window = window_of(9)
+    outside = [softmax_of(record, causal)[1][:, ~window].sum() / (6 * TOKENS) for record in records]
+    assert row.dropped_true == pytest.approx(float(sum(outside) / 2), rel=1e-4)
+    assert row.density == pytest.approx(float(window.sum() / causal.sum()))
+
+
+def test_the_error_of_a_window_falls_as_it_grows(records: list[LayerRecord]) -> None:
+    rows = errors(records, *(contender("window", {"window": width}) for width in (2, 8, 30, 100, 120)))
+    found = [row.error for row in rows]
+    assert found == sorted(found, reverse=True) and found[0] > 0.01 > 1e-5 > found[-1]
+    assert all(row.dropped_true is not None for row in rows)
+
+
+def test_the_chunks_of_a_reading_do_not_change_what_is_recorded(model: Model) -> None:
+    whole = record(model, 0)
+    for chunk_tokens in (1, 50, 512):
+        for one, other in zip(record(model, chunk_tokens), whole, strict=True):
+            assert close(one.q, other.q) and close(one.k, other.k) and close(one.v, other.v)
+
+
+def test_the_chunks_of_a_measurement_do_not_change_the_error(records: list[LayerRecord]) -> None:
+    wanted = errors(records, contender("sinks", {"window": 7}), chunk_tokens=0)[0]
+    for chunk_tokens in (1, 50, 119):
+        row = errors(records, contender("sinks", {"window": 7}), chunk_tokens=chunk_tokens)[0]
+        assert row.error == pytest.approx(wanted.error, rel=1e-4)
+        assert row.density == wanted.density
+
+
+def test_calls_are_chunks_over_the_keys_so_far_with_summaries_of_their_own_layer(
+    records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, list[tuple[int, int, int, Any]]] = {"exact": [], "window": []}
+
+    def watched(name: str) -> Any:
+        backend = load_backend(name)
+
+        def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
+            calls[name].append((call.layer, call.start, k.shape[2], call.summaries))
+            return backend.impls["torch"](q, k, v, params, call)
+
+        return replace(backend, impls={**backend.impls, "torch": execute})
+
+    monkeypatch.setattr(quality_error, "load_backend", watched)
+    measure_errors(records, [contender("window", {})], chunk_tokens=50, repeat=2)
+    chunks = [(0, 50), (50, 100), (100, 120)]
+    wanted = [(layer, *chunk) for layer in (0, 2) for chunk in chunks for _ in range(2)]
+    for found in calls.values():
+        assert [call[:3] for call in found] == wanted
+    held = {name: [call[3] for call in found] for name, found in calls.items()}
+    assert len({id(each) for found in held.values() for each in found}) == 4  # two layers, two contenders
+    assert all(held["window"][0] is each for each in held["window"][:6])
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(ModelError, match="measured on decoders"):
+        record_layers(serve(network(bert))._network, IDS[:20], (0,), 0)
+
+
+def test_an_output_projection_that_is_missing_or_of_another_width_is_refused() -> None:
+    module = nn.Module()
+    module.o_proj = nn.Linear(48, 40)
+    assert output_projection(module, 48) is not None
+    with pytest.raises(ModelError, match="no output projection of 50 inputs.* o_proj .Linear"):
+        output_projection(module, 50)
+    with pytest.raises(ModelError, match="it has no parts"):
+        output_projection(nn.Module(), 48)
+
+
+def test_perplexity_is_that_of_the_networks_own_logits(model: Model) -> None:
+    reading = read_text(model, IDS, choice(), 50)
+    row = compare(TOKENS, contender("exact", {}), reading, reading, skipped=10)
+    made = network(llama)
+    made.set_attn_implementation("eager")
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(
+            made(input_ids=torch.tensor([IDS])).logits[0, 10:-1], torch.tensor(IDS[11:])
+        )
+    assert row.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    assert row.change_percent == row.standard_error_percent == 0
+
+
+def test_chunked_reading_equals_the_whole_for_exact(model: Model) -> None:
+    whole = read_text(model, IDS, choice(), 0).scores
+    for chunk_tokens in (1, 33, 120, 512):
+        assert close(read_text(model, IDS, choice(), chunk_tokens).scores, whole)
+
+
+def test_the_change_of_perplexity_is_paired_with_its_standard_error(model: Model) -> None:
+    each = contender("window", {"window": 3})
+    exact, reading = read_text(model, IDS, choice(), 50), read_text(model, IDS, each.choice(0), 50)
+    row = compare(TOKENS, each, reading, exact, skipped=20)
+    assert row.change_percent == pytest.approx(100 * (row.perplexity / row.exact_perplexity - 1))
+    difference = (exact.scores - reading.scores)[20:].double()
+    spread = float(difference.std(correction=0)) / 10
+    assert row.standard_error_percent == pytest.approx(
+        100 * row.perplexity / row.exact_perplexity * spread, rel=1e-6
+    )
+    assert 0 < row.density < 1 and row.attention_s < row.total_s
+
+
+def test_a_text_no_longer_than_what_is_skipped_has_no_perplexity(model: Model) -> None:
+    reading = read_text(model, IDS[:65], choice(), 0)
+    with pytest.raises(ValueError, match="64 tokens leave none to score after the first 64"):
+        compare(64, contender("exact", {}), reading, reading)
+
+
+def error_row(backend: str, share: float, error: float, **full: Any) -> ErrorRow:
+    return ErrorRow(
+        tokens=4096,
+        backend=backend,
+        params=full,
+        full=full,
+        error=error,
+        layers=[0, 1],
+        layer_errors=[error, error],
+        attention_s=2 * share,
+        selection_s=0.1 * share,
+        exact_attention_s=2.0,
+        density=0.5,
+        density_computed=0.6,
+        dropped_estimate=None,
+        dropped_true=0.1,
+    )
+
+
+LADDER = [
+    error_row("exact", 0.2, 0.0),
+    error_row("window", 0.20, 0.9, window=1),
+    error_row("window", 0.30, 0.5, window=2),
+    error_row("window", 0.34, 0.6, window=3),
+    error_row("window", 0.50, 0.3, window=4),
+    error_row("sinks", 0.36, 0.1),
+    error_row("topk", 3.0, 0.01),
+]
+
+
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [
+        (0.1, []),
+        (0.25, [("window", 0.9)]),
+        (0.35, [("window", 0.5)]),
+        (0.36, [("sinks", 0.1), ("window", 0.5)]),
+        (0.50, [("sinks", 0.1), ("window", 0.3)]),
+        (4.0, [("topk", 0.01), ("sinks", 0.1), ("window", 0.3)]),
+    ],
+)
+def test_within_a_time_each_backend_shows_its_least_error(
+    budget: float, wanted: list[tuple[str, float]]
+) -> None:
+    assert [(row.backend, row.error) for row in best_within(LADDER, budget)] == wanted
+
+
+def test_of_equal_errors_the_faster_setting_is_chosen() -> None:
+    rows = [error_row("window", share, 0.5, window=int(100 * share)) for share in (0.3, 0.2, 0.4)]
+    assert best_within(rows, 0.5)[0].time_share == pytest.approx(0.2)
+
+
+def test_what_is_beaten_in_time_and_error_is_not_on_the_front() -> None:
+    assert [row.error for row in pareto(LADDER[1:5])] == [0.9, 0.5, 0.3]
+
+
+def test_the_error_between_two_settings_lies_on_a_line_in_logarithms() -> None:
+    rows = [error_row("pages", share, error) for share, error in ((0.1, 0.8), (0.4, 0.2))]
+    assert error_in_time(rows, 0.2) == pytest.approx(0.4)
+    assert error_in_time(rows, 0.1) == pytest.approx(0.8)
+    assert error_in_time(rows, 0.4) == pytest.approx(0.2)
+    assert error_in_time(rows, 0.5) is None and error_in_time(rows, 0.05) is None
+
+
+def test_a_remainder_is_compared_at_equal_choice_and_at_equal_time() -> None:
+    rows = [
+        error_row("pages", 0.1, 0.8, budget=1, remainder="none"),
+        error_row("pages", 0.4, 0.2, budget=2, remainder="none"),
+        error_row("pages", 0.2, 0.3, budget=1, remainder="mean"),
+        error_row("pages", 0.6, 0.1, budget=2, remainder="mean"),
+        error_row("topk", 0.2, 0.3, budget=1, remainder="mean"),
+    ]
+    first, second = remainder_gains(rows)
+    assert (first.none.error, first.mean.error) == (0.8, 0.3)
+    assert first.at_equal_time == pytest.approx(0.4)
+    assert (second.none.error, second.at_equal_time) == (0.2, None)
+
+
+def results() -> Results:
+    full = {"window": 4}
+    reading = PerplexityRow(4096, "window", full, full, 11.0, 10.0, 10.0, 0.5, 1.0, 0.1, 5.0, 2.0, 6.0, 0.5)
+    settings = {"model": "tiny", "text": "t.txt", "chunk_tokens": 50, "repeat": 1, "layers": None}
+    context = {"command": "python -m models.quality", "date": "2026-01-01", "machine": "a machine"}
+    return Results(settings, context, list(LADDER), [reading])
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    save(results(), tmp_path / "q.json")
+    assert load(tmp_path / "q.json") == results()
+    assert [file.name for file in tmp_path.iterdir()] == ["q.json"]
+
+
+def test_a_results_file_is_neither_overwritten_nor_mixed_with_other_settings(tmp_path: Path) -> None:
+    file, kept = tmp_path / "q.json", results()
+    save(kept, file)
+    with pytest.raises(ValueError, match="is there already: give --resume"):
+        open_results(file, False, kept.settings, {})
+    with pytest.raises(ValueError, match=r"other settings: chunk_tokens \(50, now 512\)"):
+        open_results(file, True, {**kept.settings, "chunk_tokens": 512}, {})
+    assert open_results(file, True, kept.settings, {}) == kept
+    assert open_results(tmp_path / "new.json", True, kept.settings, {}).errors == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "context": {}}'])
+def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "q.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no results"):
+        load(tmp_path / "q.json")
+
+
+def test_the_report_has_every_table_and_says_where_it_is_from() -> None:
+    found = results()
+    found.errors += [
+        error_row("pages", 0.1, 0.8, budget=1, remainder="none"),
+        error_row("pages", 0.2, 0.3, budget=1, remainder="mean"),
+    ]
+    text = markdown(found, ["quality-4k.png"])
+    assert "`python -m models.quality`,\n2026-01-01, a machine." in text
+    assert "](quality-4k.png)" in text and "## 4,096 tokens" in text
+    assert "| 35 % | window | window=2 | 0.5000 | 0.5000 | – | 0.500 | 30 % |" in text
+    assert "| window | window=4 | 0.3000 | 0.3000 | +10.00 ± 0.50 % | 50 % | 2 % | 50 % | 83 % |" in text
+    assert "| pages | budget=1, remainder=none | 10 % | 20 % | 0.8000 | 0.3000 | -62 % | – |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| exact")}
+    assert widths == {14}
+
+
+def test_plots_are_written_per_length(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = write_plots(results(), tmp_path / "quality")
+    assert [file.name for file in files] == ["quality-4k.png"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModelError, match=r"pip install 'longreach\[bench\]'"):
+        pyplot()
+
+
+def test_every_registered_backend_has_contenders_and_distinct_ones() -> None:
+    found = default_contenders()
+    assert {each.backend for each in found} == set(backend_names())
+    assert len({each.key for each in found}) == len(found)
+    assert any(each.long for each in found)
+
+
+def test_a_backend_without_a_ladder_runs_at_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(quality_contenders.LADDERS, "star")
+    (only,) = default_contenders(["star"])
+    assert only.params == {} and only.full == {"window": 2} and only.long
+
+
+def test_contenders_are_read_from_json_and_refused_with_reasons() -> None:
+    found = read_contenders('{"window": [{"window": 9}, {}]}')
+    assert [each.label for each in found] == ["window window=9", "window default"]
+    for text, told in [
+        ("{", "not JSON"),
+        ("[1]", "must be"),
+        ('{"window": {}}', "must be"),
+        ('{"window": [{"window": 0}]}', "greater than or equal to 1"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            read_contenders(text)
+    with pytest.raises(KeyError, match="unknown attention backend 'nope'"):
+        read_contenders('{"nope": [{}]}')
+
+
+def test_contenders_that_the_model_cannot_run_are_all_named(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_unsupported(model, [contender("window", {})])
+    monkeypatch.setattr(Model, "unsupported", lambda self, choice: [f"no {choice.backend}"])
+    with pytest.raises(ModelError, match=r"window default: no window; sinks sinks=2: no sinks"):
+        refuse_unsupported(model, [contender("window", {}), contender("sinks", {"sinks": 2})])
+
+
+class Words:
+    """A tokenizer of the test's ids, whatever the text."""
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> Encoding:
+        return Encoding(list(IDS))
+
+
+@pytest.fixture
+def at_hand(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tiny model in place of the demo model; gives the list of loads."""
+    loads: list[str] = []
+
+    def tiny(name: str, source: str, progress: Any) -> Model:
+        loads.append(name)
+        return Model(model._network, model.info, Words())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quality, "load_model", tiny)
+    return loads
+
+
+def command(tmp_path: Path, *more: str, contenders: str = '{"window": [{"window": 9}]}') -> list[str]:
+    files = ["--json", str(tmp_path / "q.json"), "--markdown", str(tmp_path / "q.md")]
+    return ["--tokens", "100", "--chunk-tokens", "32", "--contenders", contenders, *files, *more]
+
+
+def test_a_run_goes_on_where_it_was_interrupted(
+    tmp_path: Path, at_hand: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = '{"exact": [{}], "window": [{"window": 9}]}'
+    real = quality.read_text
+    monkeypatch.setattr(quality, "read_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(command(tmp_path, contenders=both))
+    first = load(tmp_path / "q.json")
+    assert [row.backend for row in first.errors] == ["exact", "window"] and not first.perplexities
+    monkeypatch.setattr(quality, "read_text", real)
+    quality.main(command(tmp_path, "--resume", contenders=both))
+    second = load(tmp_path / "q.json")
+    assert second.errors == first.errors
+    assert [row.backend for row in second.perplexities] == ["exact", "window"]
+    assert "| window | window=9 |" in (tmp_path / "q.md").read_text()
+
+
+def test_a_run_with_nothing_left_to_measure_loads_no_model(tmp_path: Path, at_hand: list[str]) -> None:
+    quality.main(command(tmp_path))
+    (tmp_path / "q.md").unlink()
+    quality.main(command(tmp_path, "--resume"))
+    assert len(at_hand) == 1 and (tmp_path / "q.md").exists()
+
+
+def test_the_report_repeats_what_was_measured_and_not_where_it_was_put(
+    tmp_path: Path, at_hand: list[str]
+) -> None:
+    quality.main(command(tmp_path, "--perplexity", "none"))
+    text = (tmp_path / "q.md").read_text()
+    assert "python -m models.quality --tokens 100 --chunk-tokens 32 --perplexity none --contenders" in text
+    assert str(tmp_path) not in text
+    assert not json.loads((tmp_path / "q.json").read_text())["perplexities"]
+
+
+def test_beyond_the_usual_length_the_default_run_measures_fewer_layers() -> None:
+    assert [quality.layer_step(None, n) for n in (4096, 4097)] == [1, 3]
+    assert quality.layer_step(2, 8192) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--tokens", "121"], "t.txt has 121 tokens"),
+        (["--tokens", "300"], "reads 256 at most"),
+        (["--contenders", '{"nope": [{}]}'], "unknown attention backend 'nope'"),
+        (["--text", "nowhere.txt"], "No such file"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_written(
+    tmp_path: Path, at_hand: list[str], more: list[str], told: str
+) -> None:
+    (tmp_path / "t.txt").write_text("text")
+    with pytest.raises(SystemExit, match=told):
+        quality.main([*command(tmp_path), "--text", str(tmp_path / "t.txt"), *more])
+    assert not (tmp_path / "q.json").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--resume"], ["--tokens", "0"], ["--contenders", "{}", "--backends", "exact"]]
+)
+def test_options_that_make_no_sense_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        quality.main(argv)
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
