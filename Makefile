@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SERVE := $(STAMPS)/serve$(if $(EXTRAS),-$(EXTRAS))
 DEV := $(STAMPS)/dev$(if $(EXTRAS),-$(EXTRAS))
+BENCH := $(STAMPS)/bench$(if $(EXTRAS),-$(EXTRAS))
 
 ARGS ?=
 EXTRAS ?=
@@ -45,7 +46,7 @@ check: $(DEV) ## Lint, format, types, documents, Dockerfile
 	@if [ -x $(BIN)/hadolint ]; then echo "$(BIN)/hadolint Dockerfile"; $(BIN)/hadolint Dockerfile; \
 	else echo "check: the Dockerfile is not linted: there is no hadolint binary for this platform in $(BIN)"; fi
 
-bench: $(SERVE) ## Time every attention backend against torch's own attention
+bench: $(BENCH) ## Time every attention backend against torch's own attention
 	$(BIN)/python -m kernels.bench $(ARGS)
 
 load: $(STAMPS)/load ## Load test a running server (HOST=...) and print a summary
@@ -105,6 +106,11 @@ $(DEV): pyproject.toml | $(STAMPS)/torch-$(TORCH)
 	@echo "make: installing longreach and what its tests need"
 	@$(BIN)/python -m pip install -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]' || $(call retry,longreach's test dependencies)
 	@touch $@ $(SERVE) $(STAMPS)/load
+
+$(BENCH): pyproject.toml | $(STAMPS)/torch-$(TORCH)
+	@echo "make: installing longreach and what its benches draw with"
+	@$(BIN)/python -m pip install -e '.[bench$(if $(EXTRAS),$(comma)$(EXTRAS))]' || $(call retry,longreach's bench dependencies)
+	@touch $@ $(SERVE)
 
 # A load generator needs neither torch nor the packages.
 $(STAMPS)/load: pyproject.toml | $(STAMPS)/venv

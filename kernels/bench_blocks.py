@@ -21,8 +21,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +132,9 @@ def sweep(shape: Shape, args: argparse.Namespace) -> Iterable[SweepRow]:
             "chosen": run,
         }
         times, results = _best(contenders, args.repeat)
-        ratios = (times["dense"] / times[name] for name in ("gathered", "masked", "chosen"))
+        gathered, masked, chosen = (times["dense"] / times[name] for name in ("gathered", "masked", "chosen"))
         acc = results["chosen"]
-        yield SweepRow(str(shape), density, *ratios, acc.dense / acc.computed)
+        yield SweepRow(str(shape), density, gathered, masked, chosen, acc.dense / acc.computed)
 
 
 def random_table(shape: Shape, density: float) -> Tensor:
@@ -190,8 +191,6 @@ def _crossover(share: float) -> Iterator[None]:
 def _flex(shape: Shape, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from kernels.bench_flex import _compiled
-
     L, num_blocks = shape.block, shape.N // shape.block
     by_block = table.repeat_interleave(shape.tile // L, 1)[:, : -(-shape.N // L)]
     by_head = by_block.repeat_interleave(shape.H // shape.Hk, 0)
@@ -206,12 +205,19 @@ def _flex(shape: Shape, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Calla
         mask_mod=lambda b, h, i, j: by_head[h, i // L, j // L],
         seq_lengths=(shape.N, shape.N),
     )
-    scale, grouped = 1 / math.sqrt(shape.D), shape.H != shape.Hk
+    scale, grouped = 1 / math.sqrt(shape.D), shape.Hk != shape.H
     return lambda: _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=False))
+
+
 def _dense(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shape.H != shape.Hk)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shape.Hk != shape.H)
 
 
 def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
     self loops, Hamiltonian path, s        ``kernels.math.graph``, on the pairs that a backend really keeps
 
-A mask is read from the backend's own reference: with the identity as values the output of attention is its
-weights, and a pair is kept where its weight is above zero. Logits are 0 where they do not matter and small
-where they do, so no kept weight is rounded away.
+A mask is read from attention itself: with the identity as values its output is its weights, and a pair is
+kept where the weight is above zero. Logits are 0 where they do not matter and small where they do, so no kept
+weight is rounded away. Impl ``reference`` tells a fixed pattern. A choice that depends on the data is told by
+impl ``torch``, which is the one that serves: the references go pair by pair.
 
 Yun et al., "O(n) connections are expressive enough" (arXiv 2006.04862). The conditions are necessary for its
 theorem together; the theorem promises that a network of enough such layers exists, nothing about one that was
@@ -192,7 +193,7 @@ def _attended(
         scale=1 / math.sqrt(_HEAD_DIM),
         seed=seed,
         layer=layer,
-        impl="reference",
+        impl="reference" if load(backend).capabilities.selection == "none" else "torch",
     ).out[0]
 
 

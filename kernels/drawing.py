@@ -10,9 +10,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.api import InvalidParams, parse_params
 from kernels.conditions import directions, mask
@@ -24,16 +25,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Picture = NDArray[np.uint8]
+
 KEPT, LEFT_OUT, LATER = (27, 42, 73), (244, 241, 233), (222, 219, 212)
 """Colours of a pair that is kept, of one that is not, and of a later key, which no causal row may see."""
 
 DPI = 100
 MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 72, 84, 24, 56
 """Pixels around the mask in a picture of one."""
+_LENGTHS = (256, 512, 1024)
 _SIDE = 512
 _OVERVIEW_SIDE = 256
 _OVERVIEW_BACKENDS_PER_ROW = 2
-_OVERVIEW_TOP, _EDGE, _GAP, _ABOVE, _BELOW = 92, 32, 16, 52, 44
+_OVERVIEW_TOP, _EDGE, _GAP, _ABOVE, _BELOW = 92, 32, 16, 58, 44
+_LETTER_WIDTH = 0.74
+"""Of an average letter, in pixels per point of its size."""
+_OVERVIEW_LEGEND = (
+    "Queries run down, keys across. Dark: kept. Grey: later keys, which no causal model reads. "
+    "Params are small here, so that their structure shows. Where a pixel stands for several pairs, its shade is "
+    "the share of them that is kept."
+)
 
 
 class MissingMatplotlib(ImportError):
@@ -62,34 +73,53 @@ class Drawing:
         return float(self.kept.sum()) / (N * (N + 1) // 2 if self.causal else N * N)
 
     @property
-    def told_params(self) -> str:
+    def terms(self) -> str:
+        """Length and params, and what the mask is one example of, where it is."""
         given = self.params.model_dump(mode="json", exclude_none=True)
-        return ", ".join(f"{name}={value}" for name, value in given.items()) or "no params"
-
-    @property
-    def origin(self) -> str:
-        """What the picture is one example of, where it is."""
+        told = [f"{len(self.kept)} tokens", *(f"{name}={value}" for name, value in given.items())]
         able = load(self.backend).capabilities
         if able.selection != "none":
-            return "chosen for one sample of normal queries and keys"
-        return "one draw" if able.random else ""
+            told.append("one sample of normal queries and keys")
+        elif able.random:
+            told.append("one draw")
+        return ", ".join(told)
 
 
-def drawings(backend: str, params: Params | None, num_tokens: int) -> list[Drawing]:
-    """One for each direction that the backend serves; None: params that show its structure at this length.
+def drawings(backend: str, params: Params | None, num_tokens: int | None = None) -> list[Drawing]:
+    """One for each direction that the backend serves.
 
-    Raises what ``kernels.conditions.mask`` raises.
+    ``params`` None: small ones, at which its structure shows. ``num_tokens`` None: 256, or twice or four
+    times that for a backend that would keep half of the pairs or more. Raises what
+    ``kernels.conditions.mask`` raises.
     """
-    shown = demonstration_params(backend, num_tokens) if params is None else params
+    shown: list[Drawing] = []
+    for length in _LENGTHS if num_tokens is None else (num_tokens,):
+        shown = _drawings(backend, params or demonstration_params(backend, length), length)
+        if _shows_structure(shown):
+            return shown
+    while params is None and not _shows_structure(shown):
+        smaller = _halved(backend, shown[0].params)
+        if smaller == shown[0].params:
+            break
+        shown = _drawings(backend, smaller, len(shown[0].kept))
+    return shown
+
+
+def _shows_structure(shown: Sequence[Drawing]) -> bool:
+    """Nothing would make the mask of ``exact`` show more."""
+    return all(drawing.density < 0.5 or load(drawing.backend).capabilities.exact for drawing in shown)
+
+
+def _drawings(backend: str, params: Params, num_tokens: int) -> list[Drawing]:
     return [
-        Drawing(backend, shown, causal, mask(backend, shown, num_tokens, causal, heads=1)[0].numpy())
-        for causal in directions(backend, shown).values()
+        Drawing(backend, params, causal, mask(backend, params, num_tokens, causal, heads=1)[0].numpy())
+        for causal in directions(backend, params).values()
     ]
 
 
 def demonstration_params(backend: str, num_tokens: int) -> Params:
-    """The defaults with every whole number above N / 16 shrunk: to the first of N/16, N/8, N/4, ... below it
-    that the backend accepts beside the others. A number for which it accepts none stays."""
+    """The defaults with every whole number above N / 16 shrunk: to the smallest power of two, from about
+    N / 16 on, that the backend accepts beside the others. A number for which it accepts none stays."""
     shown = parse_params(backend)
     while (smaller := _one_shrunk(backend, shown, num_tokens)) is not None:
         shown = smaller
@@ -98,64 +128,88 @@ def demonstration_params(backend: str, num_tokens: int) -> Params:
 
 def _one_shrunk(backend: str, params: Params, num_tokens: int) -> Params | None:
     """With one number smaller, or None where none can be."""
-    given = params.model_dump()
-    for name, value in given.items():
-        size = max(1, num_tokens // 16)
-        while isinstance(value, int) and not isinstance(value, bool) and size < value:
-            try:
-                return parse_params(backend, {**given, name: size})
-            except InvalidParams:
-                size *= 2
+    for name, value in _whole_numbers(params).items():
+        size = 1 << max(1, num_tokens // 16).bit_length() - 1
+        while size < value:
+            if (smaller := _accepted(backend, params, name, size)) is not None:
+                return smaller
+            size *= 2
     return None
+
+
+def _halved(backend: str, params: Params) -> Params:
+    """With every whole number halved for which the backend accepts that."""
+    for name, value in _whole_numbers(params).items():
+        smaller = _accepted(backend, params, name, value // 2) if value > 1 else None
+        params = smaller or params
+    return params
+
+
+def _whole_numbers(params: Params) -> dict[str, int]:
+    given = params.model_dump()
+    return {name: value for name, value in given.items() if type(value) is int}
+
+
+def _accepted(backend: str, params: Params, name: str, value: int) -> Params | None:
+    try:
+        return parse_params(backend, {**params.model_dump(), name: value})
+    except InvalidParams:
+        return None
 
 
 def draw(drawing: Drawing) -> bytes:
     """A PNG of one mask with its axes. Raises MissingMatplotlib."""
-    side = _side(len(drawing.kept), _SIDE)
+    N = len(drawing.kept)
+    side = N * max(1, _SIDE // N)
     width, height = side + MARGIN_LEFT + MARGIN_RIGHT, side + MARGIN_TOP + MARGIN_BOTTOM
     figure = _figure(width, height)
-    axes = _mask_axes(figure, drawing, MARGIN_LEFT, MARGIN_TOP, side)
-    axes.set_xlabel("key position")
-    axes.set_ylabel("query position")
+    axes = _picture(figure, _colours(drawing), MARGIN_LEFT, MARGIN_TOP, side)
+    places = sorted({0, N // 4, N // 2, 3 * N // 4, N - 1})
+    axes.set(xlabel="key position", ylabel="query position", xticks=places, yticks=places)
     heading = f"{drawing.backend}, {drawing.direction}: {drawing.density:.1%} of the pairs kept"
-    _text(figure, MARGIN_LEFT, 14, heading, size=12, weight="bold")
-    told = ", ".join(part for part in (drawing.told_params, drawing.origin) if part)
-    _text(figure, MARGIN_LEFT, 38, textwrap.fill(told, width=side // 7), size=9)
+    _text(figure, MARGIN_LEFT, 28, heading, size=12, weight="bold")
+    _lines(figure, MARGIN_LEFT, 48, drawing.terms, side, size=9)
     return _png(figure)
 
 
 def overview(shown: Sequence[Sequence[Drawing]]) -> bytes:
-    """A PNG of many masks, one entry per backend: its drawings side by side. Raises MissingMatplotlib."""
-    num_tokens = len(shown[0][0].kept)
-    side, columns = _side(num_tokens, _OVERVIEW_SIDE), _OVERVIEW_BACKENDS_PER_ROW
-    pair, rows = 2 * side + _GAP, -(-len(shown) // columns)
-    width, height = columns * (pair + _EDGE) + _EDGE, rows * (side + _ABOVE + _BELOW) + _OVERVIEW_TOP
+    """A PNG of many masks, one entry per backend: its drawings side by side. Raises MissingMatplotlib.
+
+    Masks of 512 tokens and more are shrunk by whole factors; a shade is a share of pairs there.
+    """
+    pictures = [[_about(_colours(drawing), _OVERVIEW_SIDE) for drawing in entry] for entry in shown]
+    side = max(len(picture) for entry in pictures for picture in entry)
+    columns, pair, row = _OVERVIEW_BACKENDS_PER_ROW, 2 * side + _GAP, side + _ABOVE + _BELOW
+    width, height = columns * (pair + _EDGE) + _EDGE, -(-len(shown) // columns) * row + _OVERVIEW_TOP
     figure = _figure(width, height)
-    _text(figure, _EDGE, 18, "Which keys each query attends to", size=13, weight="bold")
-    legend = (
-        f"{num_tokens} tokens; queries run down, keys across. Dark: kept. Grey: later keys, which no causal "
-    )
-    legend += "model reads. Params are small here, so that their structure shows."
-    _text(figure, _EDGE, 44, textwrap.fill(legend, width=width // 6), size=9)
-    for number, entry in enumerate(shown):
-        left = _EDGE + number % columns * (pair + _EDGE)
-        top = _OVERVIEW_TOP + number // columns * (side + _ABOVE + _BELOW)
-        _text(figure, left, top, entry[0].backend, size=12, weight="bold")
-        _text(figure, left, top + 20, textwrap.fill(entry[0].told_params, width=pair // 6), size=8.5)
-        for drawing in entry:
-            _overview_mask(figure, drawing, left + drawing.causal * (side + _GAP), top + _ABOVE, side)
+    _text(figure, _EDGE, 32, "Which keys each query attends to", size=13, weight="bold")
+    _lines(figure, _EDGE, 54, _OVERVIEW_LEGEND, width - 2 * _EDGE, size=9)
+    for number, (entry, masks) in enumerate(zip(shown, pictures, strict=True)):
+        left, top = _EDGE + number % columns * (pair + _EDGE), _OVERVIEW_TOP + number // columns * row
+        _text(figure, left, top + 12, entry[0].backend, size=12, weight="bold")
+        _lines(figure, left, top + 29, entry[0].terms, pair, size=8.5)
+        for drawing, picture in zip(entry, masks, strict=True):
+            at = left + drawing.causal * (side + _GAP)
+            _picture(figure, picture, at, top + _ABOVE, len(picture))
+            caption = f"{drawing.direction}, {drawing.density:.1%} kept"
+            _text(figure, at, top + _ABOVE + side + 16, caption, size=9)
+        if len(entry) == 1:
+            other = "bidirectional" if entry[0].causal else "causal"
+            at = left + (not entry[0].causal) * (side + _GAP)
+            _text(figure, at, top + _ABOVE + side + 16, f"{other}: not served", size=9)
     return _png(figure)
 
 
-def _overview_mask(figure: Figure, drawing: Drawing, left: int, top: int, side: int) -> None:
-    axes = _mask_axes(figure, drawing, left, top, side)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    _text(figure, left, top + side + 6, f"{drawing.direction}, {drawing.density:.1%} kept", size=9)
-
-
-def _side(num_tokens: int, wanted: int) -> int:
-    return num_tokens * max(1, wanted // num_tokens)
+def _about(picture: Picture, side: int) -> Picture:
+    """Enlarged or shrunk by a whole factor, to between half of ``side`` and twice as much."""
+    if len(picture) <= side:
+        return picture.repeat(side // len(picture), axis=0).repeat(side // len(picture), axis=1)
+    factor = len(picture) // side
+    fill = -len(picture) % factor
+    padded = np.pad(picture, ((0, fill), (0, fill), (0, 0)), mode="edge")
+    size = len(padded) // factor
+    shrunk: Picture = padded.reshape(size, factor, size, factor, 3).mean((1, 3)).round().astype(np.uint8)
+    return shrunk
 
 
 def _figure(width: int, height: int) -> Figure:
@@ -166,20 +220,18 @@ def _figure(width: int, height: int) -> Figure:
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
 
-def _mask_axes(figure: Figure, drawing: Drawing, left: int, top: int, side: int) -> Axes:
-    """The mask in a square of ``side`` pixels whose upper left corner lies at (left, top)."""
+def _picture(figure: Figure, picture: Picture, left: int, top: int, side: int) -> Axes:
+    """Drawn into the square of ``side`` pixels whose upper left corner lies at (left, top)."""
     width, height = figure.get_size_inches() * DPI
     axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
-    axes.imshow(_colours(drawing), interpolation="nearest", aspect="auto")
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.spines[:].set(visible=False, position=("outward", 2))
-    N = len(drawing.kept)
-    places = sorted({0, N // 4, N // 2, 3 * N // 4, N - 1})
-    axes.set_xticks(places)
-    axes.set_yticks(places)
+    axes.set(xticks=[], yticks=[])
     return axes
 
 
-def _colours(drawing: Drawing) -> Any:
+def _colours(drawing: Drawing) -> Picture:
+    """[N, N, 3], one pixel per pair."""
     kept = drawing.kept
     picture = np.full((*kept.shape, 3), LEFT_OUT, dtype=np.uint8)
     if drawing.causal:
@@ -188,11 +240,18 @@ def _colours(drawing: Drawing) -> Any:
     return picture
 
 
-def _text(figure: Figure, left: int, top: int, text: str, *, size: float, weight: str = "normal") -> None:
+def _text(figure: Figure, left: int, base: int, text: str, *, size: float, weight: str = "normal") -> None:
+    """Beginning at pixel ``left``, its first line standing ``base`` pixels below the upper edge."""
     width, height = figure.get_size_inches() * DPI
-    figure.text(
-        left / width, 1 - top / height, text, fontsize=size, fontweight=weight, va="top", linespacing=1.25
-    )
+    at = (left / width, 1 - base / height)
+    figure.text(*at, text, fontsize=size, fontweight=weight, va="baseline")
+
+
+def _lines(figure: Figure, left: int, base: int, text: str, width: int, *, size: float) -> None:
+    """Wrapped to about ``width`` pixels."""
+    letters = max(24, int(width / size / _LETTER_WIDTH))
+    for number, line in enumerate(textwrap.wrap(text, letters)):
+        _text(figure, left, base + number * round(size * 1.5), line, size=size)
 
 
 def _png(figure: Figure) -> bytes:

@@ -19,6 +19,7 @@ BACKENDS: dict[str, str] = {
     "xattention": "kernels.attention.xattention",
     "topk": "kernels.attention.topk",
     "pages": "kernels.attention.pages",
+    "vertical_slash": "kernels.attention.vertical_slash",
 }
 
 

@@ -68,8 +68,8 @@ class Cache:
         return elements * self._dtype.itemsize + summaries
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1. What was known
-        of blocks that reach beyond ``start`` is forgotten: a step that failed may be followed by other
+        """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1. What was
+        known of blocks that reach beyond ``start`` is forgotten: a step that failed may be followed by other
         tokens."""
         if not self._views:
             self._allocate()
@@ -85,7 +85,7 @@ class Cache:
         return keys[None, :, :length], values[None, :, :length]
 
     def summaries(self, layer: int) -> BlockSummaries:
-        """What is known about the blocks of one layer's keys; kernels add to it. The layer has been written."""
+        """What is known about the blocks of one layer's keys; kernels add to it. ``write`` comes first."""
         return self._summaries[layer]
 
     def close(self) -> None:

@@ -167,7 +167,14 @@ def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int) -> _Timed:
     kept."""
     assert tally.summaries is not None
     tally.summaries.truncate(rows.start)
-    call = Call(record.plan.causal, record.scale, seed, record.plan.ordinal, rows.start, tally.summaries)
+    call = Call(
+        causal=record.plan.causal,
+        scale=record.scale,
+        seed=seed,
+        layer=record.plan.ordinal,
+        start=rows.start,
+        summaries=tally.summaries,
+    )
     q, k, v = record.q[:, :, rows], record.k[:, :, : rows.stop], record.v[:, :, : rows.stop]
     began = perf_counter()
     result = tally.execute(q, k, v, tally.params, call)

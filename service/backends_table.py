@@ -27,7 +27,6 @@ CONDITIONS_HEAD = (
     "PARAMS",
 )
 CONDITIONS_TOKENS = 1024
-DRAWING_TOKENS = 256
 
 PrintTable = Callable[[Sequence[str], Sequence[Sequence[object]]], None]
 
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace, print_table: PrintTable) -> None:
         raise ConfigError(f"--backend: {error}") from None
     except InvalidParams as error:
         raise ConfigError(f"--params: {error}") from None
-    except (Unsupported, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
@@ -146,9 +145,9 @@ def _draw(chosen: dict[str, Params | None], options: argparse.Namespace) -> None
     """One picture per backend and direction, and an overview where there are several backends."""
     from kernels.drawing import MissingMatplotlib, draw, drawings, overview
 
-    num_tokens = DRAWING_TOKENS if options.num_tokens is None else options.num_tokens
     try:
-        shown = [drawings(name, params, num_tokens) for name, params in chosen.items()]
+        asked = [drawings(name, params, options.num_tokens) for name, params in chosen.items()]
+        shown = [entry for entry in asked if entry]
         for drawing in (drawing for entry in shown for drawing in entry):
             _write(Path(options.draw), f"{drawing.backend}-{drawing.direction}.png", draw(drawing))
         if len(shown) > 1:

@@ -88,7 +88,10 @@ def add_backends(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", metavar="NAME", help="only this one")
     command.add_argument("--params", metavar="JSON", help="its params; else the defaults, small ones to draw")
     command.add_argument(
-        "--num-tokens", type=int, metavar="N", help="length [default: 1024 for --conditions, 256 for --draw]"
+        "--num-tokens",
+        type=int,
+        metavar="N",
+        help="length [default: 1024; to draw, 256 or as many as it takes]",
     )
     command.add_argument("--json", action="store_true", help="the conditions as JSON")
 

@@ -3,11 +3,11 @@
     u_ib = sum_d max(scale q_id kmax_bd, scale q_id kmin_bd)  >=  scale <q_i, k_j>   for every key j of page b
     score of page b for a tile = mean over its rows and its group's heads of softmax_b(u_i)
 
-kmax, kmin: coordinate-wise greatest and least key of the page, a block of ``block_size`` keys. For one row this
-is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always. Cost
-O(N^2 / block_size + N budget) time, O(N) memory. A decode step reads 2 / block_size of K for the bounds, half
-as much again for the means of what it leaves out (both are kept from step to step), and the keys that it keeps.
-Accumulates in fp32, returns q's dtype.
+kmax, kmin: coordinate-wise greatest and least key of the page, a block of ``block_size`` keys. For one row
+this is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always.
+Cost O(N^2 / block_size + N budget) time, O(N) memory. A decode step reads 2 / block_size of K for the bounds,
+half as much again for the means of what it leaves out (both are kept from step to step), and the keys that it
+keeps. Accumulates in fp32, returns q's dtype.
 
 When not to use it: for prefill where ``xattention`` finds the same mass with fewer blocks: over many rows
 bounds are loose. Short documents, where reading everything costs less than choosing.
@@ -128,7 +128,7 @@ def workspace(params: PagesParams, shape: CallShape) -> Workspace:
 
 BACKEND = Backend(
     name="pages",
-    summary="The key blocks whose bounds promise the largest logits (Quest): decode reads little of the cache.",
+    summary="The key blocks whose bounds allow the largest logits (Quest): decode reads little of the cache.",
     paper="Tang et al., Quest (arXiv 2406.10774)",
     params=PagesParams,
     capabilities=Capabilities(

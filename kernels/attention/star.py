@@ -58,7 +58,7 @@ def _ring_pattern(window: int, relay: int) -> SpanPattern:
     return SpanPattern(
         key=("star", window),
         spans=lambda rows, num_keys: _ring_spans(rows, relay, window),
-        tile=tile_height(2 * window),
+        tile=lambda group: tile_height(2 * window, group),
         cuts=(relay,),
     )
 
@@ -73,8 +73,10 @@ def _ring_spans(rows: Ints, relay: int, window: int) -> list[Span]:
     zero = np.zeros_like(rows)
     return [
         Span(lo, hi),
-        Span(np.where(is_relay, relay + 1, np.minimum(behind, relay)), np.full_like(rows, relay + 1)),
-        Span(zero, np.where(is_relay, 0, ahead)),
+        Span(
+            np.where(is_relay, relay + 1, np.minimum(behind, relay)), np.full_like(rows, relay + 1), tile=256
+        ),
+        Span(zero, np.where(is_relay, 0, ahead), tile=256),
     ]
 
 

@@ -98,7 +98,7 @@ def _span_pattern(name: str, w: int, behind: int, ahead: int, hole: bool) -> Spa
     def spans(rows: Ints, num_keys: int) -> list[Span]:
         return [Span(np.maximum(rows - behind, 0), np.minimum(rows + ahead + 1, num_keys), hole=hole)]
 
-    return SpanPattern(("strided", name, w), spans, tile_height(behind + ahead + 1))
+    return SpanPattern(("strided", name, w), spans, tile=lambda group: tile_height(behind + ahead + 1, group))
 
 
 def _one_class(w: int, causal: bool) -> SpanPattern:

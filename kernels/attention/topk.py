@@ -59,7 +59,8 @@ def _scores(one: OneSequence, params: TopKParams) -> BlockScores:
             rows = tiles.rows(tile)
             for some in _rows_at_once(one, rows):
                 blocks, lse[head, :, some] = _add_rows(one, head, keys, some)
-                shares[head, tile, : len(blocks)] += blocks / (G * (rows.stop - rows.start))
+                shares[head, tile, : len(blocks)] += blocks
+            shares[head, tile] /= G * (rows.stop - rows.start)
     candidates = torch.zeros(shares.shape[1:], dtype=torch.bool)
     candidates[:, : tiles.num_blocks] = tiles.candidates()
     return BlockScores(shares[..., : tiles.num_blocks], shares.masked_fill(candidates, 0.0).sum(-1), lse)
@@ -108,7 +109,8 @@ def _slow_scores(one: OneSequence, params: TopKParams) -> BlockScores:
                     logits = one.call.scale * (one.k[head, :seen].to(query.dtype) @ query)
                     broken = ~torch.isfinite(logits)
                     weights = torch.softmax(logits.masked_fill(broken, -math.inf), -1)
-                    mean[:seen] += weights.masked_fill(broken, math.nan) / (len(rows) * G)
+                    mean[:seen] += weights.masked_fill(broken, math.nan)
+            mean /= len(rows) * G
             for block in candidates[tile].nonzero()[:, 0].tolist():
                 mass[head, tile, block] = mean[block * tiles.block : (block + 1) * tiles.block].sum()
                 mean[block * tiles.block : (block + 1) * tiles.block] = 0.0

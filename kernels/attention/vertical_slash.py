@@ -1,6 +1,7 @@
 """Vertical-slash attention: the few keys that all rows look at, and the few distances at which rows look.
 
-    A_i = own keys of i's query tile  ∪  verticals of the tile  ∪  {j : floor(i / L) - floor(j / L) in slashes}
+    A_i = own keys of i's query tile  ∪  verticals of the tile
+          ∪  {j : floor(i / L) - floor(j / L) in slashes of the tile}
 
 Jiang et al., "MInference 1.0: accelerating pre-filling for long-context LLMs via dynamic sparse attention"
 (arXiv 2407.02490), section 3. Here, per key head and per query tile of ``query_tile`` rows: ``probe_rows``
@@ -13,14 +14,14 @@ both counts once. Where a probed score is not finite, its key head keeps the who
 
 Decode (a tile of one row) probes the row itself: it reads all keys once, keeps its own largest ones and the
 blocks with most mass beside them, and reads the values of those alone: exact top-k, up to the sharing in a
-group. Cost O(N^2 D probe_rows / query_tile) to choose, O(N D (num_verticals + num_slashes L + query_tile / 2))
+group. Cost O(N^2 D probe_rows / query_tile) to choose and O(N D (num_verticals + num_slashes L + query_tile))
 to attend; O(N) memory. Accumulates in fp32, returns q's dtype.
 
 ``dropped`` of a row is the softmax mass that the choice left out as the probe saw it: the mean over the probe
 rows of the row's query block and its group's heads.
 
-When not to use it: below some thousands of keys, where exact attention costs no more; where what matters moves
-from row to row (then rows of one tile share nothing that a few columns could hold).
+When not to use it: below some thousands of keys, where exact attention costs no more; where what matters
+moves from row to row (then the rows of a tile share nothing that a few columns could hold).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from kernels.math.masked import masked_attention
 from kernels.math.per_layer import Count, count_of_layer, count_problems, largest_count
 from kernels.math.query_tiles import QueryTiles, query_tiles
 from kernels.math.spans import add_spans, plan_for
-from kernels.math.vertical_slash import choice_bytes, choose_tile, place_of
-from kernels.math.vertical_slash_part import add_choice, key_rows, part_bytes, tile_rows
+from kernels.math.vertical_slash import Chooser, choice_bytes, place_of
+from kernels.math.vertical_slash_part import KeyRows, add_choice, part_bytes, tile_rows
 from kernels.math.vertical_slash_reference import Sizes, kept_pairs
 from kernels.math.workspace import spans
 
@@ -106,22 +107,22 @@ def _add_sequence(
     dropped: Tensor,
 ) -> None:
     """Every tile's choice, made and merged; fills ``dropped`` [Hk, G, N]."""
-    k, v = key_rows(acc.k[b], acc.q.dtype), key_rows(acc.v[b], acc.q.dtype)
+    k, v = KeyRows(acc.k[b], acc.q.dtype), KeyRows(acc.v[b], acc.q.dtype)
+    chooser = Chooser(
+        k.heads,
+        group=acc.q.shape[2],
+        num_verticals=numbers[0],
+        num_slashes=numbers[1],
+        probe_rows=params.probe_rows,
+        scale=acc.call.scale,
+    )
     kept = computed = 0
     for tile in range(tiles.num_tiles):
         place, at = place_of(tiles, tile), tiles.rows(tile)
         if not place.num_candidates:
             continue
         began = perf_counter()
-        choice = choose_tile(
-            acc.q[b, :, :, at],
-            k.heads,
-            place,
-            num_verticals=numbers[0],
-            num_slashes=numbers[1],
-            probe_rows=params.probe_rows,
-            scale=acc.call.scale,
-        )
+        choice = chooser.choose(acc.q[b, :, :, at], place)
         dropped[:, :, at] = choice.dropped_by_row(place).to(dropped)[:, None]
         acc.selection_s += perf_counter() - began
         more_kept, more_computed = add_choice(tile_rows(acc, b, at), k, v, place, choice)

@@ -4,9 +4,13 @@
     mass_b = mean over the tile's row groups and heads of softmax over key cells of the antidiagonal sums
 
 Xu et al., "XAttention: block sparse attention with antidiagonal scoring" (arXiv 2503.16428); the scoring's
-equation stands in ``kernels.math.antidiagonal``. Here the choice is made per key head and per query tile, the
-tile's own keys are always kept, and decode reads one key in ``stride`` to choose. Cost O(N^2 D / stride) for
-the scores, O(N budget D) for the attention; O(N) memory. Accumulates in fp32, returns q's dtype.
+equation stands in ``kernels.math.antidiagonal``. Here the choice is made per key head and query tile, the
+tile's own keys are always kept, and decode reads one key in ``stride`` to choose. One rule is added: the
+first block is chosen before all others (under ``mass``: always). Many models rest most of a row's mass on the
+first token, a single key that a cell's mean does not show, and without it all other weights come out too
+large.
+Cost O(N^2 D / stride) for the scores, O(N budget D) for the attention; O(N) memory. Accumulates in fp32,
+returns q's dtype.
 
 When not to use it: below some thousands of keys, where exact attention costs no more; where single keys
 matter that stand alone in their block (a larger stride averages them away).
@@ -15,6 +19,7 @@ matter that stand alone in their block (a larger stride averages them away).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -51,11 +56,11 @@ def select(q: Tensor, k: Tensor, v: Tensor, params: XAttentionParams, call: Call
 
 
 def _scores(one: OneSequence, params: XAttentionParams) -> BlockScores:
-    return antidiagonal_scores(one, params.stride)
+    return replace(antidiagonal_scores(one, params.stride), first_block=True)
 
 
 def _slow_scores(one: OneSequence, params: XAttentionParams) -> BlockScores:
-    """Group by group, cell by cell."""
+    """Group by group, cell by cell; and the first block before all others."""
     mass = one.q.new_zeros(len(one.k), one.tiles.num_tiles, one.tiles.num_blocks)
     own = one.q.new_zeros(mass.shape[:2])
     candidates = one.tiles.candidates()
@@ -64,14 +69,16 @@ def _slow_scores(one: OneSequence, params: XAttentionParams) -> BlockScores:
             groups = _groups_of_tile(one, tile, params.stride)
             for rows in groups:
                 for q in one.q[head]:
-                    shares = _group_shares(one, q, head, rows, params.stride) / (len(groups) * one.q.shape[1])
+                    shares = _group_shares(one, q, head, rows, params.stride)
                     for cell, share in enumerate(shares):
                         block = cell * params.stride // one.tiles.block
                         if block < one.tiles.num_blocks and candidates[tile, block]:
                             mass[head, tile, block] += share
                         else:
                             own[head, tile] += share
-    return BlockScores(mass, own)
+            mass[head, tile] /= len(groups) * one.q.shape[1]
+            own[head, tile] /= len(groups) * one.q.shape[1]
+    return BlockScores(mass, own, first_block=True)
 
 
 def _groups_of_tile(one: OneSequence, tile: int, stride: int) -> list[list[int]]:

@@ -79,23 +79,24 @@ def antidiagonal_scores(one: OneSequence, stride: int) -> BlockScores:
     num_keys = one.tiles.start + num_rows if one.tiles.causal else one.tiles.num_keys
     grid = _Grid(one.tiles, stride, num_rows, num_keys)
     if num_rows == 1:
-        return _scores(one, _by_block(grid, *_row_shares(one, grid)))
+        return _scores(one, grid, _by_block(grid, *_row_shares(one, grid)))
     num_blocks = -(-num_keys // one.tiles.block)
     shares = one.q.new_zeros(len(one.k), one.tiles.num_tiles, num_blocks)
     for head in range(len(one.k)):
         for groups in _group_runs(grid, one.q.shape[1], one.q.element_size()):
             _add_run(one, grid, head, groups, shares[head])
-    return _scores(one, shares)
+    return _scores(one, grid, shares)
 
 
 def _row_shares(one: OneSequence, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """A single row's group reads one key of each cell: shares [Hk, 1, cells], and what was not finite."""
+    """A single row's group reads one key of each cell: [Hk, 1, cells] summed over the group's heads, and what
+    was not finite."""
     across = grid.stride - 1 - grid.tiles.start % grid.stride
     keys = one.k[:, across : grid.num_keys : grid.stride].to(one.q.dtype)
     logits = torch.bmm(one.q[:, :, 0] * one.call.scale, keys.mT)
     logits = F.pad(logits, (0, grid.num_cells - logits.shape[-1]))
     broken = _put_aside(logits)
-    return torch.softmax(logits, -1).mean(1, keepdim=True), broken.any(1, keepdim=True)
+    return torch.softmax(logits, -1).sum(1, keepdim=True), broken.any(1, keepdim=True)
 
 
 def _group_runs(grid: _Grid, group: int, itemsize: int) -> Iterator[range]:
@@ -108,19 +109,22 @@ def _group_runs(grid: _Grid, group: int, itemsize: int) -> Iterator[range]:
 
 
 def _add_run(one: OneSequence, grid: _Grid, head: int, groups: range, shares: Tensor) -> None:
-    """Add what the groups give each block to the shares of their tiles, [num_tiles, blocks]."""
+    """Add what the groups give each block to the sums of their tiles, [num_tiles, blocks]."""
     seen = grid.cells_seen(groups[-1])
     logits = _logits(one, grid, head, groups, seen)
-    tiles, weights = _tile_means(grid, groups, logits)
-    broken = None
-    if not math.isfinite(float(logits.sum())):
-        found = _put_aside(logits).any(0).to(logits.dtype)
-        broken = (weights > 0).to(logits.dtype) @ found > 0
+    tiles, member = _members(grid, groups, logits.dtype)
+    finite = math.isfinite(float(logits.sum()))
     if one.tiles.causal:
         first = grid.first_group + groups[0]
         later = torch.ones(len(groups), seen - first, dtype=torch.bool).triu_(1)
-        logits[:, :, first:].masked_fill_(later, -math.inf)
-    cells = weights @ torch.softmax(logits, -1).sum(0).nan_to_num_(nan=0.0)
+        logits[:, :, first:].masked_fill_(later, 0.0 if not finite else -math.inf)
+    broken = None
+    if not finite:
+        found = _put_aside(logits)
+        if one.tiles.causal:
+            logits[:, :, first:].masked_fill_(later, -math.inf)
+        broken = member @ found.any(0).to(logits.dtype) > 0
+    cells = member @ torch.softmax(logits, -1).sum(0).nan_to_num_(nan=0.0)
     blocks = _by_block(grid, cells, broken)
     shares[tiles, : blocks.shape[-1]] += blocks
 
@@ -155,15 +159,11 @@ def _reversed_groups(q: Tensor, grid: _Grid, groups: range) -> Tensor:
     return rows.reshape(len(q), len(groups), S, -1).flip(2).flatten(2)
 
 
-def _tile_means(grid: _Grid, groups: range, like: Tensor) -> tuple[slice, Tensor]:
-    """The tiles that the groups belong to, and the matrix [tiles, groups] that averages over a tile's groups
-    and the query heads."""
-    owner = grid.tile_of_group()
-    sizes = torch.bincount(owner)
-    mine = owner[groups.start : groups.stop]
+def _members(grid: _Grid, groups: range, dtype: torch.dtype) -> tuple[slice, Tensor]:
+    """The tiles that the groups belong to, and which of them each does: [tiles, groups], 1 or 0."""
+    mine = grid.tile_of_group()[groups.start : groups.stop]
     tiles = torch.arange(int(mine[0]), int(mine[-1]) + 1)
-    weights = (tiles[:, None] == mine) / (sizes[tiles, None] * like.shape[0])
-    return slice(int(mine[0]), int(mine[-1]) + 1), weights.to(like.dtype)
+    return slice(int(mine[0]), int(mine[-1]) + 1), (tiles[:, None] == mine).to(dtype)
 
 
 def _put_aside(logits: Tensor) -> Tensor:
@@ -181,8 +181,12 @@ def _by_block(grid: _Grid, cells: Tensor, broken: Tensor | None) -> Tensor:
     return torch.unflatten(F.pad(cells, (0, -cells.shape[-1] % per_block)), -1, (-1, per_block)).sum(-1)
 
 
-def _scores(one: OneSequence, blocks: Tensor) -> BlockScores:
-    """Blocks [Hk, num_tiles, blocks], cut ones too, parted into candidates and own keys."""
+def _scores(one: OneSequence, grid: _Grid, sums: Tensor) -> BlockScores:
+    """Sums of blocks [Hk, num_tiles, blocks], cut ones too, as means, parted into candidates and own keys.
+
+    Divided at the end: where a softmax is all or nothing the sums are whole numbers, and ties stay ties.
+    """
+    blocks = sums / (torch.bincount(grid.tile_of_group()) * one.q.shape[1])[:, None]
     candidates = F.pad(one.tiles.candidates(), (0, blocks.shape[-1] - one.tiles.num_blocks))
     return BlockScores(blocks[..., : one.tiles.num_blocks], blocks.masked_fill(candidates, 0.0).sum(-1))
 

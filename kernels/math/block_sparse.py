@@ -51,7 +51,7 @@ VIEW_ROWS = 1 << 14
 TILE_ROWS = 2048
 """Neighbouring tiles with the same slice are joined up to so many rows."""
 LOOSE_ELEMENTS = 1 << 13
-"""Tiles of fewer elements than this are collected by an index, larger ones copied one by one."""
+"""Tiles of fewer elements than this are collected by an index, larger ones by slices."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,8 +88,7 @@ def add_block_lists(
         for rect in _rectangles(run, masked=not guard):
             if _add_view(run, rect):
                 rest[rect.heads, rect.tiles] = False
-        for heads, tiles, num in _batches(run, rest):
-            _add_gathered(run, heads, tiles, num)
+        _add_gathered(run, list(_batches(run, rest)))
     return lists
 
 
@@ -289,28 +288,31 @@ def _lists_at_once(run: _Run, num: int) -> int:
     return max(1, PANEL_BYTES // (num * run.block * width * acc.q.element_size()))
 
 
-def _add_gathered(run: _Run, heads: Ints, tiles: Ints, num: int) -> None:
+def _add_gathered(run: _Run, batches: list[tuple[Ints, Ints, int]]) -> None:
+    """Fresh memory for every batch would cost as much as the copies do: the panels are reused."""
     acc = run.acc
-    k, v = (_panel(run, x, heads, tiles, num) for x in (acc.k, acc.v))
-    if run.group * run.height * acc.q.shape[-1] >= LOOSE_ELEMENTS:
-        _add_one_by_one(run, heads.tolist(), tiles.tolist(), k, v)
-    else:
-        _add_by_index(run, heads, tiles, k, v)
-    pairs = len(heads) * run.group * run.height * num * run.block
-    acc.kept, acc.computed = acc.kept + pairs, acc.computed + pairs
+    keys = max((len(heads) * num for heads, _, num in batches), default=0) * run.block
+    buffers = [x.new_empty(keys, x.shape[-1]) for x in (acc.k, acc.v)]
+    for heads, tiles, num in batches:
+        k, v = (x[: len(heads) * num * run.block].view(len(heads), num * run.block, -1) for x in buffers)
+        _gather_lists(run, heads, tiles, num, k, v)
+        if run.group * run.height * acc.q.shape[-1] >= LOOSE_ELEMENTS:
+            _add_streaks(run, heads, tiles, k, v)
+        else:
+            _add_by_index(run, heads, tiles, k, v)
+        pairs = len(heads) * run.group * run.height * num * run.block
+        acc.kept, acc.computed = acc.kept + pairs, acc.computed + pairs
 
 
-def _panel(run: _Run, keys: Tensor, heads: Ints, tiles: Ints, num: int) -> Tensor:
-    """The lists' blocks side by side: [lists, num * L, D], in the keys' dtype."""
-    L, D = run.block, keys.shape[-1]
-    listed = run.indices[run.begin[heads, tiles][:, None] + np.arange(num)]
-    panel = keys.new_empty(len(heads), num * L, D)
+def _gather_lists(run: _Run, heads: Ints, tiles: Ints, num: int, k: Tensor, v: Tensor) -> None:
+    """The lists' blocks side by side into k [lists, num * L, D] and v, in the keys' dtype."""
+    acc = run.acc
+    listed = torch.from_numpy(run.indices[run.begin[heads, tiles][:, None] + np.arange(num)]).to(k.device)
     borders = [0, *(np.flatnonzero(np.diff(heads)) + 1).tolist(), len(heads)]
     for a, b in zip(borders[:-1], borders[1:], strict=True):
-        source = keys[run.b, run.key_head(int(heads[a]))]
-        chosen = torch.from_numpy(listed[a:b].reshape(-1)).to(keys.device)
-        _gather(source, chosen, L, panel[a:b])
-    return panel
+        head, chosen = run.key_head(int(heads[a])), listed[a:b].flatten()
+        _gather(acc.k[run.b, head], chosen, run.block, k[a:b])
+        _gather(acc.v[run.b, head], chosen, run.block, v[a:b])
 
 
 def _gather(keys: Tensor, chosen: Tensor, L: int, into: Tensor) -> None:
@@ -331,16 +333,22 @@ def _attend(run: _Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return torch.bmm(weights, v.to(q.dtype)), lse
 
 
-def _add_one_by_one(run: _Run, heads: list[int], tiles: list[int], k: Tensor, v: Tensor) -> None:
-    acc = run.acc
-    places = [run.at(slice(h, h + 1), slice(t, t + 1)) for h, t in zip(heads, tiles, strict=True)]
-    shape = (len(places), run.group, run.height)
-    q = acc.q.new_empty(*shape, acc.q.shape[-1])
-    for rows, at in zip(q, places, strict=True):
-        rows.copy_(acc.q[at][0])
+def _add_streaks(run: _Run, heads: Ints, tiles: Ints, k: Tensor, v: Tensor) -> None:
+    """Neighbouring tiles of one head are rows of one view: few calls, however they are threaded."""
+    acc, R = run.acc, run.height
+    turns = np.flatnonzero((np.diff(heads) != 0) | (np.diff(tiles) != 1)) + 1
+    streaks = list(zip([0, *turns.tolist()], [*turns.tolist(), len(heads)], strict=True))
+    places = [
+        run.at(slice(h := int(heads[i]), h + 1), slice(t := int(tiles[i]), t + j - i)) for i, j in streaks
+    ]
+    q = acc.q.new_empty(len(heads), run.group, R, acc.q.shape[-1])
+    for (i, j), at in zip(streaks, places, strict=True):
+        q[i:j].copy_(torch.unflatten(acc.q[at][0], 1, (-1, R)).transpose(0, 1))
     out, lse = _attend(run, q.flatten(1, 2), k, v)
-    for part, part_lse, at in zip(out.view(*shape, -1), lse.view(shape), places, strict=True):
-        merge_into(acc.out[at], acc.lse[at], part[None], part_lse[None])
+    out, lse = (torch.unflatten(x, 1, (-1, R)).transpose(0, 1) for x in (out, lse))
+    for (i, j), at in zip(streaks, places, strict=True):
+        rows, rows_lse = (torch.unflatten(x[at][0], 1, (-1, R)) for x in (acc.out, acc.lse))
+        merge_into(rows, rows_lse, out[:, i:j], lse[:, i:j])
 
 
 def _add_by_index(run: _Run, heads: Ints, tiles: Ints, k: Tensor, v: Tensor) -> None:

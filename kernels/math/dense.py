@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.math.merge import merge_into
 
 KEY_CHUNK = 1024
+FLASH_KEYS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +81,16 @@ def dense_part(
 
 
 def computed_elements(num_rows: int, num_keys: int, causal: bool) -> int:
-    """Score elements that ``dense_part`` computes per head: torch's CPU kernel skips key blocks above the
-    diagonal at the granularity of its own query blocks."""
+    """Score elements that ``dense_part`` computes per head: torch's CPU kernel computes whole chunks of 512
+    keys, and skips those that lie above the diagonal of a block of query rows."""
     if not causal:
         return num_rows * num_keys
     step = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
-    return sum((min(r + step, num_rows) - r) * min(r + step, num_keys) for r in range(0, num_rows, step))
+    stops = (min(r + step, num_rows) for r in range(0, num_rows, step))
+    return sum(
+        (stop - r) * min(-(-stop // FLASH_KEYS) * FLASH_KEYS, num_keys)
+        for r, stop in zip(range(0, num_rows, step), stops, strict=True)
+    )
 
 
 def _flash(

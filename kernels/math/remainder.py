@@ -2,10 +2,10 @@
 
     lse_rem_i = log sum over left-out b of  L e^(scale <q_i, kmean_b>)
     dropped_i = e^lse_rem_i / (e^lse_rem_i + e^lse_kept_i)
-    merged:     out_i += dropped_i (sum_b p_ib vmean_b - out_i),   p_i = softmax_b(log L + scale <q_i, kmean_b>)
+    merged:     out_i += dropped_i (sum_b p_ib vmean_b - out_i),   p_i = softmax_b(scale <q_i, kmean_b>)
 
-By Jensen's inequality L e^(mean logit) is at most the block's true sum, so ``dropped`` is a lower bound of the
-mass that the rows did not attend to, beside what they did. Cost: N (blocks left out) logits, 1 / L of exact's.
+By Jensen's inequality L e^(mean logit) is at most the block's true sum, so ``dropped`` is a lower bound of
+the mass that a row did not attend to. Cost: one logit for each row and block left out, 1 / L of exact's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kernels.math.summaries import Summary
 def add_left_out(
     acc: Accumulator, b: int, tiles: QueryTiles, lists: BlockLists, summary: Summary, *, merge: bool
 ) -> Tensor:
-    """Estimate, for batch entry ``b``, the candidates of ``tiles`` that ``lists`` does not have; with ``merge``
-    add them to the rows as their means. Returns dropped [Hk, G, N] in the accumulator's dtype: 0 for a row
-    with nothing left out, which also stays as it is bit for bit, and for one that holds NaN already.
+    """Estimate, for batch entry ``b``, the candidates of ``tiles`` that ``lists`` does not have; with
+    ``merge`` add them to the rows as their means. Returns dropped [Hk, G, N] in the accumulator's dtype: 0
+    for a row with nothing left out, which also stays as it is bit for bit, and for one that holds NaN.
     ``summary`` covers ``tiles.num_blocks``."""
     dropped = torch.zeros_like(acc.lse[b])
     if tiles.num_blocks == 0:
@@ -48,9 +48,7 @@ def _bias(left_out: Tensor, block: int, acc: Accumulator, b: int) -> Tensor:
     return bias.view(acc.lse.shape[1], -1, 1, left_out.shape[-1]).to(acc.lse.device)
 
 
-def _add_tile(
-    acc: Accumulator, b: int, rows: slice, bias: Tensor, summary: Summary, merge: bool
-) -> Tensor:
+def _add_tile(acc: Accumulator, b: int, rows: slice, bias: Tensor, summary: Summary, merge: bool) -> Tensor:
     """One tile's rows over the means, [Hk, G, R] of dropped mass back."""
     q, lse = acc.q[b, :, :, rows], acc.lse[b, :, :, rows]
     known = summary.first(bias.shape[-1])
@@ -75,7 +73,7 @@ def _means(
     A row may see every block here, so what is broken in one that is masked has reached the row already.
     """
     Hk, G, R, D = q.shape
-    if R > 1 and q.device.type == "cpu" and D == known.vmean.shape[-1]:
+    if R > 1 and q.device.type == "cpu" and known.vmean.shape[-1] == D:
         many = (Hk, G, -1, -1)
         keys, values = known.kmean[:, None].expand(many), known.vmean[:, None].expand(many)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -3,9 +3,9 @@
     p = softmax of [scale q K_own^T | scale q K_chosen^T | log L + scale q kmean_left^T]
     out = p [V_own; V_chosen; vmean_left]
 
-The third part only where the params ask for a remainder. Reads the keys of the own tile and of the chosen blocks
-and, of all others, what their summaries say: the same mathematics as ``kernels.math.selected`` without its
-tables, lists and merges, which for one row would cost more than the attention.
+The third part only where the params ask for a remainder. Reads the keys of the own tile and of the chosen
+blocks and, of all others, what their summaries say: the same mathematics as ``kernels.math.selected`` without
+its tables, lists and merges, which for one row would cost more than the attention.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kernels.math.selection import TileParams
 from kernels.math.summaries import BlockSummaries, Summary
 
 ScoreRow = Callable[[Tensor, Summary, float], Tensor]
-"""q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen; +inf for
-those that are to be kept before all others, never NaN."""
+"""q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen; +inf
+for those that are to be kept before all others, never NaN."""
 
 
 def runs_as_row(q: Tensor, k: Tensor, params: TileParams, call: Call) -> bool:
@@ -76,7 +76,8 @@ def best_blocks(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return scores.new_empty(len(scores), 0, dtype=torch.int64)
     best, blocks = scores.topk(count, -1)
-    if int((scores >= best[:, -1:]).sum()) > best.numel():  # a tie at the border, which topk breaks as it likes
+    tie_at_the_border = int((scores >= best[:, -1:]).sum()) > best.numel()
+    if tie_at_the_border:  # topk breaks it as it likes
         blocks = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return blocks
 
@@ -119,7 +120,7 @@ def gather_blocks(x: Tensor, blocks: Tensor, L: int) -> Tensor:
         return x.new_empty(Hk, 0, D)
     heads = torch.arange(Hk, device=x.device)[:, None]
     if x.stride(2) != 1 or x.stride(1) != D:
-        by_block = x[:, : M // L * L].unflatten(1, (M // L, L))
+        by_block = torch.unflatten(x[:, : M // L * L], 1, (M // L, L))
         return by_block[heads, blocks].view(Hk, K * L, D)
     between = x.stride(0) if Hk > 1 else 0
     unit = math.gcd(between, L * D)

@@ -23,6 +23,8 @@ from torch import Tensor
 from kernels.contract import Params
 
 MAX_BUDGET = 1 << 20
+_ABOVE_ALL = 2.0
+"""More than any share of a mass."""
 _PER_LAYER = "or a list with one entry per layer, each such a number or a list with one per key head"
 
 T = TypeVar("T", int, float)
@@ -250,11 +252,13 @@ class BlockScores:
     """What a scoring says of one sequence. ``mass`` [Hk, num_tiles, num_blocks] and ``own`` [Hk, num_tiles]:
     estimated shares of the softmax mass, averaged over a tile's rows and a group's heads (what stands at
     blocks that are no candidates does not count). ``own`` None: the scores only rank. ``lse`` [Hk, G, N]:
-    log-sum-exp over every visible key, where the scoring computed it."""
+    log-sum-exp over every visible key, where the scoring computed it. ``first_block``: block 0 is chosen
+    before others of finite score, whatever its own, and under ``mass`` always."""
 
     mass: Tensor
     own: Tensor | None = None
     lse: Tensor | None = None
+    first_block: bool = False
 
 
 def choose(scores: BlockScores, candidates: Tensor, keep: Keep) -> Tensor:
@@ -263,21 +267,27 @@ def choose(scores: BlockScores, candidates: Tensor, keep: Keep) -> Tensor:
     No tile keeps more candidates than it has.
     """
     broken = ~torch.isfinite(scores.mass) & candidates
-    ranked = scores.mass.masked_fill(broken, math.inf).masked_fill(~candidates, -math.inf)
-    best, order = ranked.sort(dim=-1, descending=True, stable=True)
+    ranked = scores.mass.masked_fill(broken, math.inf)
+    if scores.first_block:
+        ranked[..., 0].clamp_(min=_ABOVE_ALL)
+    order = ranked.masked_fill_(~candidates, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     if keep.blocks is not None:
         taken = torch.arange(order.shape[-1]) < torch.tensor(keep.blocks)[:, None, None]
     else:
         assert scores.own is not None and keep.mass is not None
-        taken = _until_mass(best, scores.own, torch.tensor(keep.mass, dtype=torch.float64))
+        mass = scores.mass.masked_fill(~candidates, 0.0).gather(-1, order)
+        taken = _until_mass(mass, scores.own, torch.tensor(keep.mass, dtype=torch.float64))
         taken |= (broken.any(-1) | ~torch.isfinite(scores.own))[..., None]
+        if scores.first_block:
+            taken |= order == 0
     chosen = torch.zeros_like(broken).scatter_(-1, order, taken.expand_as(order))
     return chosen & candidates
 
 
-def _until_mass(best: Tensor, own: Tensor, mass: Tensor) -> Tensor:
-    """Which of the blocks, sorted by falling mass, are needed: those before which too little is gathered."""
-    gained = best.double().masked_fill(best == -math.inf, 0.0)
+def _until_mass(mass: Tensor, own: Tensor, wanted: Tensor) -> Tensor:
+    """Which of the blocks, in the order in which they are taken, are needed: those before which too little is
+    gathered."""
+    gained = mass.double()
     before = own.double()[..., None] + gained.cumsum(-1) - gained
     total = own.double() + gained.sum(-1)
-    return (before < (mass[:, None] * total)[..., None]) | (mass == 1.0)[:, None, None]
+    return (before < (wanted[:, None] * total)[..., None]) | (wanted == 1.0)[:, None, None]

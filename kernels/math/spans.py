@@ -2,11 +2,13 @@
 
     out_i = merge over spans of softmax(scale * q_i K[lo_i:hi_i]^T) V[lo_i:hi_i]
 
-Query rows are cut into tiles at absolute multiples of the tile height. The keys that all rows of a tile see
-form a panel without a mask, the ragged edges carry a small mask; narrow spans are one masked panel. Panels
-are views, and neighbouring tiles of equal shape run as one batch over overlapping views: few large calls,
-which matters most where other work competes for the cores. Cost: O(N (width + tile height)) score elements;
-memory O(N).
+Query rows are cut into tiles at absolute multiples of the tile height. In wide spans the keys that all rows
+of a tile see form a panel without a mask, and the ragged edges carry a small mask; narrow spans are one
+masked panel. Panels are views, and neighbouring tiles of equal shape run as one batch over overlapping views:
+few large calls, which matters most where other work competes for the cores. Low tiles compute little beyond
+what they keep, and stay fast as long as neighbours find each other's keys in the cache; so tiles follow each
+other head by head. Only rows whose spans slide need low tiles: elsewhere they are joined. Cost: O(N (width +
+tile height)) score elements; memory O(N).
 
 A span may run over every ``step``-th key from ``first`` (summary columns): lo and hi then count in that
 series.
@@ -32,6 +34,15 @@ from kernels.math.dense import Mask, computed_elements, dense_part, make_mask
 from kernels.math.merge import merge_into
 
 BATCH_ROWS = 4096
+_JOINED_ROWS = 256
+"""Where spans do not slide, tiles are joined up to multiples of so many rows."""
+_SPLIT_ROWS = 96
+_SPLIT_KEYS = 256
+"""A tile of at least so many rows, with at least so many keys (and as many as rows) that all of them see, has
+panels for its edges: a mask on every key costs a seventh of the time, a merge about as much as 12 keys."""
+_GROUPED_ROWS = 192
+"""From so many rows on, torch's kernel takes 64 of them at a time, below 32. Heads that share keys reach it
+together."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -40,7 +51,7 @@ class Span:
     """Row r of the call (position start + r) keeps lo[r] <= j < hi[r]; nothing where hi <= lo.
 
     ``hole`` drops the row's own position. ``first`` and ``step`` select the series of keys that lo and hi
-    index.
+    index. ``tile`` rows per tile where another height than the pattern's suits this span.
     """
 
     lo: Ints
@@ -48,6 +59,7 @@ class Span:
     first: int = 0
     step: int = 1
     hole: bool = False
+    tile: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,22 +76,24 @@ class Panel:
     advance: int = 0
 
     def of(self, keys: Tensor, count: int) -> Tensor:
-        """[Hk, M, D] -> [count, Hk, b - a, D]: the panels of ``count`` tiles. A view."""
+        """[Hk, M, D] -> [Hk, count, b - a, D]: the panels of ``count`` tiles. A view."""
         series = keys[:, self.first :: self.step] if self.step > 1 else keys
         if count == 1 or self.advance == 0:
-            return series[None, :, self.a : self.b].expand(count, -1, -1, -1)
+            return series[:, None, self.a : self.b].expand(-1, count, -1, -1)
         stop = self.b + (count - 1) * self.advance
-        return series[:, self.a : stop].unfold(1, self.b - self.a, self.advance).permute(1, 0, 3, 2)
+        return series[:, self.a : stop].unfold(1, self.b - self.a, self.advance).transpose(2, 3)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``count`` neighbouring tiles of ``height`` rows, the first at row ``row`` of the call."""
+    """``count`` neighbouring tiles of ``height`` rows, the first at row ``row`` of the call. ``joined``: the
+    rows of the heads that share keys stand below each other, in the masks too."""
 
     row: int
     height: int
     count: int
     panels: tuple[Panel, ...]
+    joined: bool = False
 
     @property
     def rows(self) -> slice:
@@ -87,27 +101,39 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class SpanPlan:
-    """Tiles, or the runs of a single row; pairs per head; the range of keys that masked panels touch."""
+class Part:
+    """The tiles of the spans that share a tile height; pairs per head."""
 
     tiles: tuple[Tile, ...]
-    runs: tuple[slice, ...]
     kept: int
     computed: int
-    masked: slice | None
+
+    @property
+    def slides(self) -> bool:
+        return any(panel.advance for tile in self.tiles for panel in tile.panels)
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """Parts, or the runs of a single row; the range of keys that masked panels touch."""
+
+    parts: tuple[Part, ...]
+    runs: tuple[slice, ...] = ()
+    masked: slice | None = None
 
     @property
     def nbytes(self) -> int:
-        return 200 * sum(1 + len(tile.panels) for tile in self.tiles)
+        return 200 * sum(1 + len(tile.panels) for part in self.parts for tile in part.tiles)
 
 
 @dataclass(frozen=True)
 class SpanPattern:
-    """A pattern as spans: ``spans(rows, num_keys)`` of int64 positions; rows in ``cuts`` begin a new tile."""
+    """A pattern as spans: ``spans(rows, num_keys)`` of int64 positions; rows in ``cuts`` begin a new tile.
+    ``tile``: rows per tile, or a function of how many heads share keys."""
 
     key: Hashable
     spans: Callable[[Ints, int], Sequence[Span]]
-    tile: int = 256
+    tile: int | Callable[[int], int] = 256
     cuts: tuple[int, ...] = field(default=())
 
 
@@ -124,60 +150,114 @@ def plan_for(acc: Accumulator, pattern: SpanPattern) -> SpanPlan:
     began = perf_counter()
     start, num_rows, causal = acc.call.start, acc.q.shape[-2], acc.call.causal
     num_keys = start + num_rows if causal else acc.k.shape[2]
+    group = acc.q.shape[2]
     place = (acc.q.dtype, acc.q.device)
-    key = (pattern.key, start, num_rows, num_keys, causal, place)
-    plan = PLANS.get(key, lambda: _plan(pattern, start, num_rows, num_keys, *place))
+    key = (pattern.key, start, num_rows, num_keys, causal, group, place)
+    plan = PLANS.get(key, lambda: _plan(pattern, start, num_rows, num_keys, _Target(group, *place)))
     acc.selection_s += perf_counter() - began
     return plan
 
 
 def add_spans(acc: Accumulator, plan: SpanPlan) -> None:
     """Add the plan's rows to the accumulator."""
-    scale = acc.call.scale
     if acc.q.shape[-2] == 1:
-        _add_row(acc, plan, scale)
-    else:
-        guard = plan.masked is not None and not _finite(acc.k, acc.v, plan.masked)
-        for tile in plan.tiles:
-            for b in range(acc.q.shape[0]):
-                _add_tile(acc, b, tile, scale, guard)
-    acc.complete(plan.kept * acc.num_heads, plan.computed * acc.num_heads)
-
-
-def _add_row(acc: Accumulator, plan: SpanPlan, scale: float) -> None:
-    if plan.runs:
-        acc.put(slice(0, 1), *attend_row(acc.q, acc.k, acc.v, plan.runs, scale))
-    else:
-        acc.put(slice(0, 1), *_nothing(acc, slice(0, 1)))
-
-
-def _add_tile(acc: Accumulator, b: int, tile: Tile, scale: float, guard: bool) -> None:
-    if not tile.panels:
-        acc.put(tile.rows, *_nothing(acc, tile.rows))
+        _add_row(acc, plan)
         return
-    q, to_out = (_by_tile(x[b, :, :, tile.rows], tile) for x in (acc.q, acc.out))
-    to_lse = _by_tile(acc.lse[b, :, :, tile.rows].unsqueeze(-1), tile)[..., 0]
-    parts = (_panel_part(q, acc.k[b], acc.v[b], panel, scale, guard) for panel in tile.panels)
+    guard = plan.masked is not None and not _finite(acc.k, acc.v, plan.masked)
+    for part in plan.parts:
+        for b in range(acc.q.shape[0]):
+            for heads in _head_turns(acc, part):
+                _add_part(acc, part, b, heads, guard)
+        acc.complete(part.kept * acc.num_heads, part.computed * acc.num_heads)
+
+
+def _add_row(acc: Accumulator, plan: SpanPlan) -> None:
+    out, lse = acc.out, acc.lse
+    if plan.runs:
+        part = attend_row(acc.q, acc.k, acc.v, plan.runs, acc.call.scale)
+    else:
+        part = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    acc.put_into(out, lse, *part)
+    kept = sum(len(range(run.start, run.stop, run.step)) for run in plan.runs) * acc.num_heads
+    acc.complete(kept, kept)
+
+
+def _head_turns(acc: Accumulator, part: Part) -> list[slice]:
+    """Key heads that run in one call. Sliding panels of shared heads, and of keys that must be copied, take
+    one at a time: a copy then is small, and neighbouring tiles meet their keys in the cache."""
+    num_heads = acc.q.shape[1]
+    if part.slides:
+        return [slice(h, h + 1) for h in range(num_heads)]
+    return [slice(0, num_heads)]
+
+
+def _scattered(acc: Accumulator) -> bool:
+    """Keys that overlapping panels would read, or convert, many times at a cost: those of a model's own
+    layout, where heads alternate, and narrow ones."""
+    return acc.k.dtype != acc.q.dtype or acc.k.stride(2) != acc.k.shape[3]
+
+
+def _add_part(acc: Accumulator, part: Part, b: int, heads: slice, guard: bool) -> None:
+    k, v = acc.k[b, heads], acc.v[b, heads]
+    if part.slides and _scattered(acc):
+        k, v = k.to(acc.q.dtype).contiguous(), v.to(acc.q.dtype).contiguous()
+    rows = _Rows(acc.q[b, heads], k, v, acc.out[b, heads], acc.lse[b, heads])
+    for tile in part.tiles:
+        _add_tile(acc, rows, tile, guard)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One batch entry, some key heads: q [Hk, G, N, D], k [Hk, M, D], v [Hk, M, Dv], out and lse."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def _add_tile(acc: Accumulator, rows: _Rows, tile: Tile, guard: bool) -> None:
+    to_out, to_lse = rows.out[:, :, tile.rows], rows.lse[:, :, tile.rows]
+    if not tile.panels:
+        if not acc.filled:
+            to_out.zero_()
+            to_lse.fill_(-math.inf)
+        return
+    q = _by_tile(rows.q[:, :, tile.rows], tile)
+    parts = (_panel_part(q, rows.k, rows.v, panel, tile, acc.call.scale, guard) for panel in tile.panels)
     out, lse = next(parts)
     for part in parts:
         merge_into(out, lse, *part)
-    acc.put_into(to_out, to_lse, out, lse)
+    acc.put_into(_rows_by_tile(to_out, tile), _rows_by_tile(to_lse.unsqueeze(-1), tile)[..., 0], out, lse)
 
 
-def _by_tile(rows: Tensor, tile: Tile) -> Tensor:
-    """[Hk, G, count * R, D] -> [count, Hk, G, R, D], a view."""
-    return torch.unflatten(rows, 2, (tile.count, tile.height)).permute(2, 0, 1, 3, 4)
+def _rows_by_tile(rows: Tensor, tile: Tile) -> Tensor:
+    """[Hk, G, count * R, D] -> [Hk, count, G, R, D], a view."""
+    return torch.unflatten(rows, 2, (tile.count, tile.height)).transpose(1, 2)
+
+
+def _by_tile(q: Tensor, tile: Tile) -> Tensor:
+    """The same; where heads are joined [Hk, count, 1, G * R, D], a copy."""
+    rows = _rows_by_tile(q, tile)
+    return rows.flatten(2, 3).unsqueeze(2) if tile.joined else rows
 
 
 def _panel_part(
-    q: Tensor, k: Tensor, v: Tensor, panel: Panel, scale: float, guard: bool
+    q: Tensor, k: Tensor, v: Tensor, panel: Panel, tile: Tile, scale: float, guard: bool
 ) -> tuple[Tensor, Tensor]:
-    keys, values = panel.of(k, len(q)), panel.of(v, len(q))
-    return dense_part(q, keys, values, scale, mask=panel.mask, causal=panel.causal, guard=guard)
-
-
-def _nothing(acc: Accumulator, rows: slice) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(acc.out[..., rows, :]), torch.full_like(acc.lse[..., rows], -math.inf)
+    keys, values = panel.of(k, tile.count), panel.of(v, tile.count)
+    turned = len(q) == 1  # tiles before heads: torch's kernel then writes each tile's rows together
+    if turned:
+        q, keys, values = q.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+    out, lse = dense_part(q, keys, values, scale, mask=panel.mask, causal=panel.causal, guard=guard)
+    if turned:
+        out, lse = out.transpose(0, 1), lse.transpose(0, 1)
+    if not tile.joined:
+        return out, lse
+    return torch.unflatten(out[:, :, 0], 2, (-1, tile.height)), torch.unflatten(
+        lse[:, :, 0], 2, (-1, tile.height)
+    )
 
 
 def _finite(k: Tensor, v: Tensor, keys: slice) -> bool:
@@ -188,22 +268,45 @@ def _finite(k: Tensor, v: Tensor, keys: slice) -> bool:
     )
 
 
-def _plan(
-    pattern: SpanPattern, start: int, num_rows: int, num_keys: int, dtype: torch.dtype, device: torch.device
-) -> SpanPlan:
+@dataclass(frozen=True)
+class _Target:
+    """For whom a plan is made: query heads per key head, and where the masks live."""
+
+    group: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _plan(pattern: SpanPattern, start: int, num_rows: int, num_keys: int, target: _Target) -> SpanPlan:
     rows = np.arange(start, start + num_rows, dtype=np.int64)
     spans = [s for s in pattern.spans(rows, num_keys) if bool((s.hi > s.lo).any())]
-    kept = sum(_num_kept(span, rows) for span in spans)
     if num_rows == 1:
-        return SpanPlan((), tuple(_runs(spans, start)), kept, kept, None)
+        return SpanPlan((), tuple(_runs(spans, start)))
+    height = pattern.tile if isinstance(pattern.tile, int) else pattern.tile(target.group)
+    by_height: dict[int, list[Span]] = {} if spans else {height: []}
+    for span in spans:
+        by_height.setdefault(span.tile or height, []).append(span)
+    cuts = [cut - start for cut in pattern.cuts]
+    parts = [_part(own, rows, tile, cuts, target) for tile, own in by_height.items()]
+    return SpanPlan(tuple(parts), masked=_masked_range(parts))
+
+
+def _part(spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int], target: _Target) -> Part:
     tiles: list[Tile] = []
     computed = 0
-    for r0, r1 in _tile_rows(start, num_rows, pattern):
+    for r0, r1 in _tile_rows(spans, rows, height, cuts):
         pieces = [piece for span in spans for piece in _pieces(span, rows, r0, r1)]
-        panels = tuple(_panel(piece, dtype, device) for piece in pieces)
-        computed += sum(computed_elements(r1 - r0, p.b - p.a, p.causal) for p in pieces)
-        tiles.append(Tile(r0, r1 - r0, 1, panels))
-    return SpanPlan(tuple(_batched(tiles)), (), kept, computed, _masked_range(tiles))
+        joined = _joined(r1 - r0, bool(pieces), target)
+        tiles.append(Tile(r0, r1 - r0, 1, tuple(_panel(p, target, joined) for p in pieces), joined))
+        computed += sum(computed_elements(r1 - r0, p.b - p.a, p.causal and not joined) for p in pieces)
+    return Part(tuple(_batched(tiles)), sum(_num_kept(span, rows) for span in spans), computed)
+
+
+def _joined(height: int, used: bool, target: _Target) -> bool:
+    """Whether heads that share keys run as one with more rows: where that makes torch's kernel take more rows
+    at a time, and the copy of the rows stays small beside the work."""
+    grows = height < _GROUPED_ROWS <= height * target.group or height < 768 <= height * target.group
+    return used and grows and target.group > 2
 
 
 def _batched(tiles: Sequence[Tile]) -> Iterator[Tile]:
@@ -229,7 +332,7 @@ def _extended(batch: Tile, tile: Tile) -> Tile | None:
         if advance < 0 or moved != new:
             return None
         panels.append(replace(old, advance=advance))
-    return Tile(batch.row, batch.height, batch.count + 1, tuple(panels))
+    return replace(batch, count=batch.count + 1, panels=tuple(panels))
 
 
 def _num_kept(span: Span, rows: Ints) -> int:
@@ -264,12 +367,34 @@ def _series(span: Span, a: int, b: int) -> slice:
     return slice(span.first + a * span.step, span.first + (b - 1) * span.step + 1, span.step)
 
 
-def _tile_rows(start: int, num_rows: int, pattern: SpanPattern) -> Iterator[tuple[int, int]]:
-    stop = start + num_rows
-    first = start // pattern.tile * pattern.tile
-    borders = {start, stop, *range(first, stop, pattern.tile), *pattern.cuts}
-    inside = sorted(x - start for x in borders if start <= x <= stop)
-    yield from zip(inside[:-1], inside[1:], strict=True)
+def _tile_rows(
+    spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Tiles at absolute multiples of ``height``; neighbours none of which slides are joined."""
+    start, num_rows = int(rows[0]), len(rows)
+    cells = range(start // height * height - start, num_rows, height)
+    borders = sorted({0, num_rows, *(x for x in (*cells, *cuts) if 0 < x < num_rows)})
+    pending: tuple[int, int] | None = None
+    for r0, r1 in zip(borders[:-1], borders[1:], strict=True):
+        slides = any(_slides(span, r0, r1) for span in spans)
+        if pending is not None:
+            same_cell = (start + pending[0]) // _JOINED_ROWS == (start + r0) // _JOINED_ROWS
+            if not slides and same_cell and r0 not in cuts:
+                pending = pending[0], r1
+                continue
+            yield pending
+        pending = None if slides else (r0, r1)
+        if slides:
+            yield r0, r1
+    if pending is not None:
+        yield pending
+
+
+def _slides(span: Span, r0: int, r1: int) -> bool:
+    """Whether each of the rows sees the keys of the row before, moved by one."""
+    lo, hi = span.lo[r0:r1], span.hi[r0:r1]
+    moved = r1 - r0 - 1
+    return bool(hi[0] > lo[0]) and int(lo[-1] - lo[0]) == moved and int(hi[-1] - hi[0]) == moved
 
 
 @dataclass(frozen=True)
@@ -296,7 +421,8 @@ def _pieces(span: Span, rows: Ints, r0: int, r1: int) -> Iterator[_Piece]:
         return
     a, b = int(lo[live].min()), int(hi[live].max())
     borders = {a, b}
-    if b - a > 4 * (r1 - r0):
+    seen_by_all = int(hi.min()) - int(lo.max())
+    if r1 - r0 >= _SPLIT_ROWS and seen_by_all >= max(_SPLIT_KEYS, r1 - r0):
         borders |= {int(lo.max()), int(hi.min())}
         if span.hole:
             borders |= {int(rows[r0]), int(rows[r1 - 1]) + 1}
@@ -319,28 +445,40 @@ def _piece(span: Span, lo: Ints, hi: Ints, position: int, a: int, b: int) -> _Pi
     return _Piece(span, a, b, low, high, own, full, causal)
 
 
-def _panel(piece: _Piece, dtype: torch.dtype, device: torch.device) -> Panel:
-    panel = Panel(piece.span.first, piece.span.step, piece.a, piece.b, causal=piece.causal)
-    if piece.full or piece.causal:
+def _panel(piece: _Piece, target: _Target, joined: bool) -> Panel:
+    causal = piece.causal and not joined
+    panel = Panel(piece.span.first, piece.span.step, piece.a, piece.b, causal=causal)
+    if piece.full or causal:
         return panel
-    width = piece.b - piece.a
-    key = ("span", piece.lo.tobytes(), piece.hi.tobytes(), piece.own, width, dtype, device)
-    return replace(panel, mask=MASKS.get(key, lambda: _edge_mask(piece, width, dtype, device)))
+    width, copies = piece.b - piece.a, target.group if joined else 1
+    key = (
+        "span",
+        piece.lo.tobytes(),
+        piece.hi.tobytes(),
+        piece.own,
+        width,
+        copies,
+        target.dtype,
+        target.device,
+    )
+    return replace(panel, mask=MASKS.get(key, lambda: _edge_mask(piece, width, copies, target)))
 
 
-def _edge_mask(piece: _Piece, width: int, dtype: torch.dtype, device: torch.device) -> Mask:
+def _edge_mask(piece: _Piece, width: int, copies: int, target: _Target) -> Mask:
     columns = torch.arange(width)
     lo, hi = torch.from_numpy(piece.lo)[:, None], torch.from_numpy(piece.hi)[:, None]
     keep = (columns >= lo) & (columns < hi)
     if piece.own is not None:
         keep &= columns != torch.arange(len(piece.lo))[:, None] + piece.own
-    return make_mask(keep.to(device), dtype)
+    return make_mask(keep.repeat(copies, 1).to(target.device), target.dtype)
 
 
-def _masked_range(tiles: Sequence[Tile]) -> slice | None:
-    ragged = [p for tile in tiles for p in tile.panels if p.mask is not None or p.causal]
+def _masked_range(parts: Sequence[Part]) -> slice | None:
+    found = [(p, tile.count - 1) for part in parts for tile in part.tiles for p in tile.panels]
+    ragged = [(p, moves) for p, moves in found if p.mask is not None or p.causal]
     if not ragged:
         return None
     return slice(
-        min(p.first + p.a * p.step for p in ragged), max(p.first + (p.b - 1) * p.step + 1 for p in ragged)
+        min(p.first + p.a * p.step for p, _ in ragged),
+        max(p.first + (p.b - 1 + moves * p.advance) * p.step + 1 for p, moves in ragged),
     )

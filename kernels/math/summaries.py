@@ -3,9 +3,9 @@
     kmin_b, kmax_b = least and greatest key of block b, coordinate by coordinate
     kmean_b, vmean_b = mean key and mean value of block b          block b = positions [b L, (b + 1) L)
 
-The bounds are Quest's (arXiv 2406.10774, section 3.2), the means stand for blocks that are left out. Kept from
-call to call they cost each key one reading and (3 D + Dv) / L numbers a position. A NaN or an infinity in a key
-shows in the block's bounds and mean.
+The bounds are Quest's (arXiv 2406.10774, section 3.3), the means stand for blocks that are left out. Kept
+from call to call they cost each key one reading and (3 D + Dv) / L numbers a position. A NaN or an infinity
+in a key shows in the block's bounds and mean.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class BlockSummaries:
         return sum(store.room.nbytes for store in self._stores.values())
 
     def get(self, k: Tensor, v: Tensor, block: int, num_blocks: int) -> Summary:
-        """The first ``num_blocks`` whole blocks of k [Hk, M, D], v [Hk, M, Dv], which may be views of a growing
-        cache: only blocks that are not known yet are read. ValueError where M has fewer whole blocks."""
+        """The first ``num_blocks`` whole blocks of k [Hk, M, D], v [Hk, M, Dv], which may be views of a
+        growing cache: only blocks that are not known yet are read. ValueError where M has fewer whole
+        blocks."""
         if num_blocks * block > k.shape[1]:
             raise ValueError(f"{num_blocks} blocks of {block} keys asked for, there are {k.shape[1]} keys")
         store = self._stores.get(block)
@@ -98,7 +99,7 @@ class _Store:
     num_known: int
 
     def grow(self, k: Tensor, v: Tensor, num_blocks: int, max_length: int | None) -> None:
-        """Make room, twice as much as before, so that growing block by block copies each of them O(1) times."""
+        """Make room, twice as much as before: growing block by block copies each of them O(1) times."""
         if num_blocks <= self.room.num_blocks:
             return
         wanted = max(num_blocks, 2 * self.room.num_blocks)
@@ -123,7 +124,7 @@ def _room(k: Tensor, v: Tensor, block: int, num_blocks: int) -> Summary:
 def _summarise(k: Tensor, v: Tensor, begin: int, into: Summary) -> None:
     """Fill blocks ``begin`` .. of ``into``."""
     L, stop = into.block, into.num_blocks
-    keys, values = (x[:, begin * L : stop * L].unflatten(1, (stop - begin, L)) for x in (k, v))
+    keys, values = (torch.unflatten(x[:, begin * L : stop * L], 1, (-1, L)) for x in (k, v))
     into.kmax[:, begin:].copy_(keys.amax(2))
     into.kmin[:, begin:].copy_(keys.amin(2))
     into.kmean[:, begin:].copy_(keys.mean(2, dtype=into.kmean.dtype))

@@ -29,7 +29,7 @@ from kernels.math.query_tiles import QueryTiles
 
 _FP32 = 4
 
-PROBE_BYTES = 16 << 20
+PROBE_BYTES = 4 << 20
 """Scores that exist at once, of as many key heads as that allows (at least one)."""
 
 
@@ -70,11 +70,17 @@ class TilePlace:
         return table
 
     @cached_property
+    def candidate_keys(self) -> Tensor:
+        """Bool [num_blocks * L]."""
+        return self.candidates.repeat_interleave(self.block)
+
+    @cached_property
     def offsets(self) -> Tensor:
         """Offsets d = query block - key block that some query block of the tile can use, ascending [nd]."""
+        reached = torch.zeros(int(self.query_blocks[-1]) + self.num_blocks, dtype=torch.bool)
         blocks = self.candidates.nonzero().flatten()
-        pairs = self.query_blocks[:, None] - blocks
-        return pairs.unique()
+        reached[(self.query_blocks[:, None] - blocks + self.num_blocks - 1)] = True
+        return reached.nonzero().flatten() - (self.num_blocks - 1)
 
     @cached_property
     def targets(self) -> tuple[Tensor, Tensor]:
@@ -131,111 +137,137 @@ def choice_bytes(shape: CallShape, query_tile: int, block: int, probe_rows: int)
     heads = min(shape.num_kv_heads, max(1, PROBE_BYTES // max(1, one_head)))
     query_blocks = min(query_tile // block, -(-shape.num_rows // block) + 1)
     mass = (query_blocks + 2) * shape.num_kv_heads * shape.num_keys * _FP32
-    return 2 * heads * one_head + mass
+    return heads * one_head + mass
 
 
-def choose_tile(
-    q: Tensor,
-    k: Tensor,
-    place: TilePlace,
-    *,
-    num_verticals: tuple[int, ...],
-    num_slashes: tuple[int, ...],
-    probe_rows: int,
-    scale: float,
-) -> TileChoice:
-    """The choice of a tile: q [Hk, G, R, D] its rows, k [Hk, M, D], an entry of the numbers per key head.
+class Chooser:
+    """Makes the choices of one sequence's tiles, in a buffer of bounded size that they share.
 
-    Nothing is scored where every head keeps all candidates anyway. Chosen on the CPU, wherever the keys are.
+    An entry of ``num_verticals`` and ``num_slashes`` per key head; ``k`` [Hk, M, D].
     """
-    num_heads, width = len(k), place.num_blocks * place.block
-    whole = torch.tensor(
-        [
-            nv >= place.num_candidates or ns >= len(place.offsets)
-            for nv, ns in zip(num_verticals, num_slashes, strict=True)
-        ]
-    )
-    if bool(whole.all()):
-        return _everything(place, num_heads)
-    mass, share, finite = _probed(q, k, place, probe_rows, scale)
-    whole |= ~finite
-    mass[whole] = 0.0
-    columns = _most(mass.sum(1), torch.tensor(num_verticals), place.candidates.repeat_interleave(place.block))
-    mass.mul_(~columns[:, None])
-    blocks = mass.view(num_heads, len(share), -1, place.block).sum(-1) * place.candidates
+
+    def __init__(
+        self,
+        k: Tensor,
+        *,
+        group: int,
+        num_verticals: tuple[int, ...],
+        num_slashes: tuple[int, ...],
+        probe_rows: int,
+        scale: float,
+    ) -> None:
+        self._k, self._scale, self._probe_rows = k, scale, probe_rows
+        self._num_verticals = torch.tensor(num_verticals)
+        self._num_slashes = torch.tensor(num_slashes)
+        one_head = probe_rows * group * k.shape[1]
+        self._heads_at_once = max(1, min(len(k), PROBE_BYTES // (one_head * k.element_size())))
+        self._buffer = k.new_empty(0)
+        self._most_scores = self._heads_at_once * one_head
+
+    def choose(self, q: Tensor, place: TilePlace) -> TileChoice:
+        """The choice of a tile: q [Hk, G, R, D] its rows. Made on the CPU, wherever the keys are.
+
+        Nothing is scored where every head keeps all candidates anyway.
+        """
+        whole = (self._num_verticals >= place.num_candidates) | (self._num_slashes >= len(place.offsets))
+        if bool(whole.all()):
+            return _everything(place, len(q))
+        probe = self._probed(q, place)
+        probe.mass[whole | ~probe.finite] = 0.0
+        columns = _most(probe.mass.sum(1), self._num_verticals, place.candidate_keys)
+        probe.mass.masked_fill_(columns[:, None], 0.0)
+        blocks = probe.mass.unflatten(2, (-1, place.block)).sum(-1).masked_fill_(~place.candidates, 0.0)
+        slashes = _most(_by_offset(blocks, probe.share, place), self._num_slashes)
+        dropped = _left_out(blocks, slashes, probe.share, place)
+        whole |= ~probe.finite
+        columns |= whole[:, None] & place.candidate_keys
+        return TileChoice(columns, slashes & ~whole[:, None], whole, dropped)
+
+    def _probed(self, q: Tensor, place: TilePlace) -> _Probe:
+        rows = place.probe_rows(self._probe_rows)
+        num_heads, group = q.shape[:2]
+        weight = torch.zeros(len(place.query_blocks), len(rows), dtype=q.dtype)
+        weight[(place.first + rows) // place.block - place.query_blocks[0], torch.arange(len(rows))] = 1.0
+        weight /= len(rows)
+        share = weight.sum(1)
+        means = (weight / group).repeat(1, group).to(q.device)
+        probes = q[:, :, rows.to(q.device)].flatten(1, 2) * self._scale
+        mass = q.new_empty(num_heads, len(share), place.num_blocks * place.block)
+        finite = torch.empty(num_heads, dtype=torch.bool)
+        for a in range(0, num_heads, self._heads_at_once):
+            some = slice(a, a + self._heads_at_once)
+            weights, finite[some] = self._weights(probes[some], self._k[some], place, rows)
+            torch.bmm(means.expand(len(weights), -1, -1), weights[..., : mass.shape[2]], out=mass[some])
+        mass = mass.cpu()
+        return _Probe(mass, share, finite & torch.isfinite(mass.sum((1, 2))))
+
+    def _weights(self, probes: Tensor, k: Tensor, place: TilePlace, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax [h, G * n, num_keys], and whether the scores are finite [h]."""
+        if not len(self._buffer):
+            self._buffer = probes.new_empty(self._most_scores)
+        shape = (*probes.shape[:2], place.num_keys)
+        scores = self._buffer[: math.prod(shape)].view(shape)
+        torch.bmm(probes, k[:, : place.num_keys].mT, out=scores)
+        later = own = None
+        if place.causal:
+            own = scores[..., place.first :]
+            later = torch.arange(own.shape[-1]) > rows[:, None]
+            later = later.repeat(own.shape[1] // len(rows), 1).to(own.device)
+            own.masked_fill_(later, 0.0)
+        finite = torch.isfinite(scores.flatten(1).sum(1)).cpu()
+        if own is not None and later is not None:
+            own.masked_fill_(later, -math.inf)
+        return torch.softmax(scores, -1, out=scores), finite
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """``mass`` [Hk, nq, num_blocks * L] of each key from the probe rows of each query block, as shares of the
+    mean over all of them; those rows' ``share`` of the probe [nq]; whether all scores are finite [Hk]."""
+
+    mass: Tensor
+    share: Tensor
+    finite: Tensor
+
+
+def _by_offset(blocks: Tensor, share: Tensor, place: TilePlace) -> Tensor:
+    """Mass [Hk, nd] at each offset per probe row that can use it, from blocks [Hk, nq, num_blocks]."""
     targets, usable = place.targets
-    at = torch.arange(len(share))[:, None], targets
-    there = torch.where(usable, blocks[:, at[0], at[1]], 0.0).sum(1)
+    mass = blocks[:, torch.arange(len(share))[:, None], targets].masked_fill_(~usable, 0.0).sum(1)
     reach = (usable * share[:, None]).sum(0)
-    slashes = _most(
-        torch.where(reach > 0, there / reach, 0.0),
-        torch.tensor(num_slashes),
-        torch.ones(len(reach), dtype=torch.bool),
-    )
+    return torch.where(reach > 0, mass / reach, 0.0)
+
+
+def _left_out(blocks: Tensor, slashes: Tensor, share: Tensor, place: TilePlace) -> Tensor:
+    """[Hk, nq]: mass of the probe rows of each query block in blocks that no slash has. A query block without
+    a probe row takes the next one's: the last always has one."""
+    targets, usable = place.targets
     head, block, offset = (slashes[:, None] & usable).nonzero(as_tuple=True)
     blocks[head, block, targets[block, offset]] = 0.0
-    dropped = blocks.sum(-1) / share.clamp(min=1e-9)
-    columns |= whole[:, None] & place.candidates.repeat_interleave(place.block)
-    slashes &= ~whole[:, None]
-    assert columns.shape == (num_heads, width)
-    return TileChoice(columns, slashes, whole, _filled(dropped.clamp(0.0, 1.0), share))
+    dropped = (blocks.sum(-1) / share).clamp_(0.0, 1.0)
+    probed = torch.where(share > 0, torch.arange(len(share)), len(share) - 1)
+    return dropped[:, probed.flip(0).cummin(0).values.flip(0)]
 
 
 def _everything(place: TilePlace, num_heads: int) -> TileChoice:
     return TileChoice(
-        place.candidates.repeat_interleave(place.block).expand(num_heads, -1),
+        place.candidate_keys.expand(num_heads, -1),
         torch.zeros(num_heads, len(place.offsets), dtype=torch.bool),
         torch.ones(num_heads, dtype=torch.bool),
         torch.zeros(num_heads, len(place.query_blocks)),
     )
 
 
-def _probed(q: Tensor, k: Tensor, place: TilePlace, most: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass [Hk, nq, num_blocks * L] of each key from the probe rows of each query block, as shares of the
-    mean over all of them; those rows' share of the probe [nq]; and whether all scores are finite [Hk]."""
-    rows = place.probe_rows(most)
-    num_heads, group = q.shape[:2]
-    owner = (place.first + rows) // place.block - int(place.query_blocks[0])
-    weight = torch.zeros(len(place.query_blocks), len(rows), dtype=q.dtype)
-    weight[owner, torch.arange(len(rows))] = 1.0 / len(rows)
-    share = weight.sum(1)
-    weight = (weight / group).repeat(1, group).to(q.device)
-    probes = q[:, :, rows.to(q.device)].flatten(1, 2) * scale
-    width = place.num_blocks * place.block
-    mass = torch.empty(num_heads, len(share), width, dtype=q.dtype)
-    finite = torch.empty(num_heads, dtype=torch.bool)
-    step = max(1, PROBE_BYTES // (probes.shape[1] * place.num_keys * q.element_size()))
-    for a in range(0, num_heads, step):
-        some = slice(a, min(a + step, num_heads))
-        weights, finite[some] = _weights(probes[some], k[some, : place.num_keys], place, rows)
-        mass[some] = torch.matmul(weight, weights[..., :width]).cpu()
-    return mass, share, finite & torch.isfinite(mass.sum((1, 2)))
-
-
-def _weights(probes: Tensor, k: Tensor, place: TilePlace, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax [h, G * n, num_keys], and whether the scores are finite [h]."""
-    scores = torch.bmm(probes, k.to(probes.dtype).mT)
-    if place.causal:
-        own = scores[..., place.first :]
-        later = torch.arange(own.shape[-1]) > rows[:, None]
-        later = later.repeat(own.shape[1] // len(rows), 1).to(own.device)
-        own.masked_fill_(later, 0.0)
-    finite = torch.isfinite(scores.sum((1, 2))).cpu()
-    if place.causal:
-        own.masked_fill_(later, -math.inf)
-    return torch.softmax(scores, -1), finite
-
-
-def _most(mass: Tensor, counts: Tensor, allowed: Tensor) -> Tensor:
-    """The ``counts`` [heads] largest of ``mass`` [heads, n] at ``allowed`` [n] places, bool [heads, n]; ties
+def _most(mass: Tensor, counts: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """The ``counts`` [heads] largest of ``mass`` [heads, n], at ``allowed`` [n] places; bool [heads, n]. Ties
     go to the lower place."""
-    ranked = torch.where(allowed, mass, -1.0).numpy()
+    ranked = mass if allowed is None else mass.masked_fill(~allowed, -1.0)
+    most = mass.shape[1] if allowed is None else int(allowed.sum())
     keep = np.zeros(ranked.shape, bool)
-    for head, count in enumerate(counts.tolist()):
-        count = min(count, int(allowed.sum()))
+    for row, values, count in zip(keep, ranked.numpy(), counts.clamp(max=most).tolist(), strict=True):
         if count:
-            keep[head] = _largest(ranked[head], count)
-    return torch.from_numpy(keep) & allowed
+            row[:] = _largest(values, count)
+    return torch.from_numpy(keep)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -246,9 +278,3 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     equal = np.flatnonzero(values == least)
     keep[equal[: count - int(keep.sum())]] = True
     return keep
-
-
-def _filled(dropped: Tensor, share: Tensor) -> Tensor:
-    """A query block without a probe row takes the next one's: the last always has one."""
-    probed = torch.where(share > 0, torch.arange(len(share)), len(share) - 1)
-    return dropped[:, probed.flip(0).cummin(0).values.flip(0)]

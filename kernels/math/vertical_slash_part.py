@@ -43,31 +43,38 @@ def part_bytes(shape: CallShape, query_tile: int, block: int, num_verticals: int
     return copied + max(columns, slashes) + parts + widest
 
 
-@dataclass(frozen=True)
 class KeyRows:
-    """The keys of every head of one sequence as rows: key j of head h is row ``h * head_rows + j``.
-
-    ``heads`` [Hk, M, D], ``rows`` [*, D]: the same memory.
+    """The keys of every head of one sequence, [Hk, M, D], as rows: key j of head h is row ``h * head_rows +
+    j`` of the same memory. Copied only where narrower than ``dtype`` or where a head's rows are not dense.
     """
 
-    heads: Tensor
-    rows: Tensor
-    head_rows: int
+    def __init__(self, keys: Tensor, dtype: torch.dtype) -> None:
+        keys = keys.to(dtype)
+        num_heads, M, D = keys.shape
+        if keys.stride(1) != D or keys.stride(2) != 1 or keys.stride(0) % D:
+            keys = keys.contiguous()
+        self.heads = keys
+        self.head_rows = keys.stride(0) // D
+        self._rows = keys.as_strided(((num_heads - 1) * self.head_rows + M, D), (D, 1))
+        self._buffer = keys.new_empty(0, D)
 
-    def panel(self, index: Tensor) -> Tensor:
-        """The keys numbered by ``index`` [n, P] (int64): [n, 1, P, D]."""
-        return self.rows[index.flatten()].view(len(index), 1, index.shape[1], -1)
+    @property
+    def device(self) -> torch.device:
+        return self.heads.device
 
+    def keys_in(self, num_bytes: int) -> int:
+        """How many keys so many bytes hold."""
+        return num_bytes // (self.heads.shape[2] * self.heads.element_size())
 
-def key_rows(keys: Tensor, dtype: torch.dtype) -> KeyRows:
-    """[Hk, M, D], copied only where narrower than ``dtype`` or where a head's rows are not dense."""
-    keys = keys.to(dtype)
-    num_heads, M, D = keys.shape
-    if keys.stride(1) != D or keys.stride(2) != 1 or keys.stride(0) % D:
-        keys = keys.contiguous()
-    head_rows = keys.stride(0) // D
-    rows = keys.as_strided(((num_heads - 1) * head_rows + M, D), (D, 1))
-    return KeyRows(keys, rows, head_rows)
+    def panel(self, head: Tensor, index: Tensor) -> Tensor:
+        """The keys ``index`` [n, P] of heads ``head`` [n] as [n, 1, P, D]: valid until the next panel."""
+        if len(self._buffer) < index.numel():
+            size = max(index.numel(), self.keys_in(PANEL_BYTES))
+            self._buffer = self.heads.new_empty(size, self.heads.shape[2])
+        rows = (index + head[:, None] * self.head_rows).flatten().to(self.device)
+        into = self._buffer[: index.numel()]
+        torch.index_select(self._rows, 0, rows, out=into)
+        return into.view(len(index), 1, index.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def _add_columns(
 ) -> tuple[int, int]:
     """Heads with equally many columns."""
     columns = choice.columns[heads].nonzero()[:, 1].view(len(heads), -1)
-    keys, values = (x.panel(_on(x, columns + heads[:, None] * x.head_rows))[:, 0] for x in (k, v))
+    keys, values = (x.panel(heads, columns)[:, 0] for x in (k, v))
     for at, some in _runs_of(heads):
         _merge(rows, some, keys[at], values[at])
     pairs = columns.numel() * _rows_per_head(rows)
@@ -186,9 +193,7 @@ def _add_slashes(
     rows: TileRows, k: KeyRows, v: KeyRows, place: TilePlace, batch: _Batch, choice: TileChoice
 ) -> tuple[int, int]:
     """Diagonals of one batch, in panels of bounded memory."""
-    step = max(
-        1, PANEL_BYTES // (batch.keys.shape[1] * place.block * k.rows.shape[1] * k.rows.element_size())
-    )
+    step = max(1, k.keys_in(PANEL_BYTES) // (batch.keys.shape[1] * place.block))
     kept = 0
     for a in range(0, len(batch.keys), step):
         kept += _add_some_slashes(rows, k, v, place, batch.entries(slice(a, a + step)), choice)
@@ -200,13 +205,13 @@ def _add_some_slashes(
     rows: TileRows, k: KeyRows, v: KeyRows, place: TilePlace, batch: _Batch, choice: TileChoice
 ) -> int:
     """Merges the entries; how many keys they keep, summed over them."""
-    own = (_on(k, batch.head), slice(None), _on(k, batch.block))
+    own = (batch.head.to(k.device), slice(None), batch.block.to(k.device))
     q, out, lse = (batch.by_query_block(x) for x in (rows.q, rows.out, rows.lse))
     keys = (batch.keys[..., None] * place.block + torch.arange(place.block)).flatten(1)
     columns = choice.columns[batch.head[:, None], keys]
-    panels = (x.panel(_on(x, keys + batch.head[:, None] * x.head_rows)) for x in (k, v))
+    k_panel, v_panel = k.panel(batch.head, keys), v.panel(batch.head, keys)
     mask = _without(columns, q)
-    part, part_lse = dense_part(q[own].flatten(1, 2)[:, None, None], *panels, rows.scale, mask=mask)
+    part, part_lse = dense_part(q[own].flatten(1, 2)[:, None, None], k_panel, v_panel, rows.scale, mask=mask)
     merged, merged_lse = out[own], lse[own]
     merge_into(merged, merged_lse, part[:, 0, 0].view_as(merged), part_lse[:, 0, 0].view_as(merged_lse))
     out[own], lse[own] = merged, merged_lse
@@ -245,7 +250,3 @@ def _runs_of(heads: Tensor) -> Iterator[tuple[slice, slice]]:
 def _rows_per_head(rows: TileRows) -> int:
     """Query rows of one key head: of all its query heads."""
     return rows.q.shape[1] * rows.q.shape[2]
-
-
-def _on(k: KeyRows, index: Tensor) -> Tensor:
-    return index.to(k.rows.device)

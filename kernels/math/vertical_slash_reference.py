@@ -1,4 +1,4 @@
-"""The pairs that vertical-slash attention keeps, written out row by row: the specification of the fast choice.
+"""The pairs that vertical-slash attention keeps, row by row: the specification of the fast choice.
 
     own keys  ∪  the num_verticals candidate keys of largest mass
               ∪  candidate blocks at the num_slashes offsets of largest mass per probe row that can use them

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from kernels.math.spans import Ints, Span, SpanPattern
 
+_WIDE = 1536
+_COLUMNS_TILE = 256
+
 
 def window_keep(i: Tensor, j: Tensor, window: int, columns: int, full_rows: int, causal: bool) -> Tensor:
     """The pairs (broadcast of i and j) of a window, the first ``columns`` keys and the first ``full_rows``
@@ -37,8 +40,10 @@ def window_spans(
     everything = rows < full_rows
     lo = np.where(everything, 0, lo)
     hi = np.where(everything, rows + 1 if causal else num_keys, hi)
-    spans = [Span(lo, hi), Span(np.zeros_like(lo), np.minimum(lo, columns))]
-    return spans if causal else [*spans, Span(hi, np.full_like(hi, min(columns, num_keys)))]
+    spans = [Span(lo, hi), Span(np.zeros_like(lo), np.minimum(lo, columns), tile=_COLUMNS_TILE)]
+    if causal:
+        return spans
+    return [*spans, Span(hi, np.full_like(hi, min(columns, num_keys)), tile=_COLUMNS_TILE)]
 
 
 def window_pattern(window: int, columns: int, full_rows: int, causal: bool) -> SpanPattern:
@@ -47,13 +52,19 @@ def window_pattern(window: int, columns: int, full_rows: int, causal: bool) -> S
     return SpanPattern(
         key=("window", window, columns, full_rows),
         spans=lambda rows, num_keys: window_spans(rows, num_keys, window, columns, full_rows, causal),
-        tile=tile_height(width),
+        tile=lambda group: tile_height(width, group),
         cuts=(full_rows,),
     )
 
 
-def tile_height(width: int) -> int:
-    """Rows per query tile for spans of that many keys: tall tiles run faster, but compute more than they
-    keep.
+def tile_height(width: int, group: int = 1) -> int:
+    """Rows per query tile for spans of that many keys, where ``group`` query heads share them.
+
+    Narrow spans: as low as torch's kernel works well, 32 rows, or 192 over the heads of a large group.
+    Wide ones: tiles that are worth splitting into a middle without mask and its edges.
     """
-    return 64 if width <= 32 else 128 if width <= 160 else 256 if width <= 1024 else 512
+    if width >= 2 * _WIDE:
+        return 768
+    if width >= _WIDE:
+        return 96 if 1 < group < 4 else 192
+    return 32 if group < 4 else max(32, -(-192 // (16 * group)) * 16)

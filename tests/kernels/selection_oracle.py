@@ -162,9 +162,13 @@ def _antidiagonal(
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+    """Over the last axis; what is not a number stays so and is not felt by the others."""
+    broken = np.isnan(logits) | (logits == np.inf)
+    finite = np.where(broken, -np.inf, logits)
+    top = finite.max(-1, keepdims=True)
+    weights = np.exp(finite - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    return np.where(broken, np.nan, weights / np.where(total > 0, total, 1.0))
 
 
 def _from_reference(

@@ -15,6 +15,7 @@ from kernels import Unsupported, api, describe
 from kernels.api import InvalidParams, attend, backend_names
 from kernels.conditions import Conditions, conditions, directions, mask
 from kernels.contract import Backend, Capabilities, Params, Workspace
+from kernels.drawing import demonstration_params
 from kernels.math.graph import Pattern, hamiltonian_path, has_self_loops, layers_to_cover
 from kernels.registry import UnknownBackend, load
 from tests.kernels.kernel_cases import CASES, Case, both_directions, case_id
@@ -92,6 +93,18 @@ def test_a_mask_counts_the_pairs_that_attention_reports(name: str, causal: bool)
         stats = attend(*noise, backend=name, causal=causal, scale=0.25, seed=3).stats
         assert int(kept.sum()) == stats.pairs_kept
     assert torch.equal(kept, mask(name, params, 300, causal, heads=2, seed=3))
+
+
+@pytest.mark.parametrize("name", [name for name, selection in SELECTIONS.items() if selection != "none"])
+def test_a_choice_by_data_is_the_one_of_the_reference(name: str) -> None:
+    params = demonstration_params(name, 600)
+    for causal in directions(name, params).values():
+        kept = mask(name, params, 600, causal, heads=1, seed=2)
+        generator = torch.Generator().manual_seed(2)
+        q, k = torch.randn(2, 1, 1, 600, 16, generator=generator)
+        identity, options = torch.eye(600)[None, None], {"causal": causal, "scale": 0.25, "seed": 2}
+        weights = attend(q, k, identity, backend=name, params=params, impl="reference", **options).out
+        assert torch.equal(kept, weights[0] > 0) and not kept.all()
 
 
 def test_a_remainder_does_not_fill_the_mask() -> None:

@@ -71,8 +71,31 @@ def test_demonstration_params_show_structure_where_the_defaults_would_fill_the_p
     default = load(name).params()
     for field, value in shown.model_dump().items():
         assert value == getattr(default, field) or value < getattr(default, field)
-    for each in drawings(name, None, 256):
+    for each in drawings(name, None):
+        assert len(each.kept) == 256
         assert (each.density < 0.5) == (name != "exact")
+
+
+def test_a_long_mask_is_shrunk_in_the_overview_and_its_shade_is_a_share() -> None:
+    checkered = np.kron(np.ones((256, 256), dtype=bool), np.array([[1, 0], [0, 0]], dtype=bool))
+    checkered |= np.eye(512, dtype=bool)
+    long = Drawing("window", load("window").params(), False, checkered)
+    short = Drawing("window", load("window").params(), False, checkered[:256, :256])
+    picture = pixels(overview([[long]]))
+    assert picture.shape == pixels(overview([[short]])).shape
+    quarter, half = (
+        np.round(share * np.array(drawing.KEPT) + (1 - share) * np.array(drawing.LEFT_OUT))
+        for share in (0.25, 0.5)
+    )
+    assert (abs(picture - quarter) <= 1).all(-1).sum() == 256 * 255
+    assert (abs(picture - half) <= 1).all(-1).sum() >= 256
+
+
+@pytest.mark.parametrize("name", [name for name, selection in SELECTIONS.items() if selection != "none"])
+def test_a_mask_that_fills_its_picture_is_drawn_longer_or_with_smaller_params(name: str) -> None:
+    for each in drawings(name, None):
+        assert len(each.kept) > 256 and each.density < 0.5
+        assert each.params == parse_params(name, each.params.model_dump())
 
 
 def test_demonstration_params_are_as_small_as_the_backend_allows() -> None:

@@ -13,6 +13,7 @@ from kernels import attend
 from kernels.api import attend_packed, parse_params
 from kernels.contract import AttentionResult, Call, Segment
 from kernels.math.selected_row import best_blocks, gather_blocks, runs_as_row
+from kernels.math.selection import TileParams
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load
 
@@ -93,9 +94,7 @@ def test_one_row_keeps_the_pages_that_quests_rule_keeps() -> None:
         call = Call(causal=True, scale=0.3, seed=0, layer=0, start=699)
         params = parse_params("pages", SMALL | {"budget": 5 * L})
         lists = backend.select(q, k, v, params, call)
-        found = [
-            lists.indices[int(lists.indptr[h, 0]) : int(lists.indptr[h, 1])].tolist() for h in range(3)
-        ]
+        found = [lists.indices[int(lists.indptr[h, 0]) : int(lists.indptr[h, 1])].tolist() for h in range(3)]
         assert found == [sorted(blocks) for blocks in chosen_blocks(q, k, 0.3, 5, 640 // L)]
 
 
@@ -134,8 +133,9 @@ def test_a_key_that_is_not_finite_reaches_the_rows_whatever_the_budget(N: int) -
     q, k, v = make(4, 2, N, 900)
     clean = attend(q, k, v, backend="pages", params=SMALL, causal=True, scale=0.3).out
     k[0, 1, 70, 3] = math.nan
+    common: dict[str, Any] = {"backend": "pages", "params": SMALL, "causal": True, "scale": 0.3}
     for impl in ("torch", "reference"):
-        found = attend(q, k, v, backend="pages", params=SMALL, causal=True, scale=0.3, impl=impl).out  # type: ignore[arg-type]
+        found = attend(q, k, v, impl=impl, **common).out
         assert bool(found[0, 2:].isnan().all()) and torch.allclose(found[0, :2], clean[0, :2], atol=1e-5)
 
 
@@ -180,7 +180,9 @@ def test_rows_that_are_no_decode_step_go_through_the_tiles() -> None:
     other = Call(causal=False, scale=0.3, seed=0, layer=0, start=0)
 
     def taken(q: Tensor, call: Call, **extra: Any) -> bool:
-        return runs_as_row(q, k, parse_params("pages", SMALL | extra), call)  # type: ignore[arg-type]
+        params = parse_params("pages", SMALL | extra)
+        assert isinstance(params, TileParams)
+        return runs_as_row(q, k, params, call)
 
     assert taken(q, causal) and taken(q, causal, budget=[[L, L]])
     assert not taken(q, early, budget=4 * L), "four pages to choose from, and a budget of four"

@@ -290,8 +290,33 @@ def test_xattention_finds_a_planted_block(stride: int, rows: int) -> None:
         direction = torch.randn(64, generator=torch.Generator().manual_seed(seed))
         k[:, :, needle * 64 : needle * 64 + 64] += direction
         q += direction
-        table = table_of("xattention", {"budget": 64, "stride": stride}, q, k)
+        table = table_of("xattention", {"budget": 128, "stride": stride}, q, k)
         assert bool(table[:, -1, needle].all())
+
+
+@both_directions
+@pytest.mark.parametrize("how", [{"budget": 64}, {"mass": 0.1}], ids=str)
+def test_xattention_always_keeps_the_first_block(causal: bool, how: dict[str, Any]) -> None:
+    """A model's resting place is a single key, which its cell's mean hides."""
+    q, k, v = make_inputs(1, (4, 2), 1024, 1024, 32)
+    k[:, :, :16] -= 4 * q.mean((1, 2))[:, None, None]
+    table = table_of("xattention", how, q, k, causal=causal)
+    assert bool(table[:, 1:, 0].all())
+    assert not table_of("xattention", {"budget": 0}, q, k, causal=causal).any()
+    common: dict[str, Any] = {"params": how, "causal": causal, "scale": scale_of(q)}
+    got, want = (attend(q, k, v, backend="xattention", impl=i, **common) for i in ("torch", "reference"))
+    assert torch.allclose(got.out, want.out, atol=1e-5)
+
+
+def test_a_sink_that_single_keys_make_costs_xattention_little() -> None:
+    q, k, v = clustered(3, (2, 1), 2048, 32)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    q, v[:, :, 0] = q + direction, 0.0
+    k[:, :, 0] = 3 * direction
+    common: dict[str, Any] = {"causal": True, "scale": scale_of(q)}
+    exact = attend(q, k, v, backend="exact", **common).out
+    out = attend(q, k, v, backend="xattention", params={"budget": 256}, **common).out
+    assert float((out - exact).norm() / exact.norm()) < 0.5
 
 
 @both_backends
@@ -318,8 +343,8 @@ def test_under_mass_a_tile_with_a_broken_score_keeps_all_its_candidates(backend:
     k[0, 0, 5 * 64 + 7] = math.nan
     table = table_of(backend, params, q, k)
     candidates = query_tiles(Call(True, 1.0, 0, 0, 0), 1024, 1024, 128, 64).candidates()
-    assert torch.equal(table[0, 2:], candidates[2:, : table.shape[-1]])
-    assert torch.equal(table[1], before[1])
+    assert torch.equal(table[0, 3:, : candidates.shape[-1]], candidates[3:])
+    assert torch.equal(table[0, :2], before[0, :2]) and torch.equal(table[1], before[1])
 
 
 def test_decode_reads_one_key_in_stride_to_choose() -> None:

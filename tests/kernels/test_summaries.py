@@ -86,7 +86,7 @@ def test_truncating_forgets_every_block_that_is_not_whole_within_what_stays() ->
     other[:, 3 * L :] += 1.0
     check(other, v, kept.get(other, v, L, 6), 6)
     coarse = kept.get(other, v, 2 * L, 3)
-    assert torch.equal(coarse.kmax[:, 1], other[:, 2 * L : 4 * L].amax(1)), "block 1 was cut by the truncation"
+    assert torch.equal(coarse.kmax[:, 1], other[:, 2 * L : 4 * L].amax(1)), "truncation cut block 1"
     kept.truncate(10**9)
     check(other, v, kept.get(torch.full_like(k, math.nan), v, L, 6), 6)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from kernels import attend
-from kernels.api import parse_params
-from kernels.contract import CallShape
+from kernels.api import attend_packed, parse_params
+from kernels.contract import CallShape, Segment
 from kernels.math.cache import DRAWS, MASKS, PLANS
+from kernels.math.summaries import BlockSummaries
+from kernels.math.workspace import most_keys
 from kernels.registry import load
 from tests.kernels.kernel_cases import CASES, make_inputs
 
@@ -90,3 +95,72 @@ def test_single_draws_of_a_long_encoder_are_counted_as_the_hundreds_of_megabytes
     assert many.kept_bytes == 8192 * 12 * 257 * 5
     few = load("random").workspace(parse_params("random", {"num_random": 16}), shape)
     assert many.live_bytes > few.live_bytes
+
+
+def peak_of_tensors(run: Callable[[], Any]) -> int:
+    """The largest sum of what torch allocated and had not freed yet while ``run`` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = run()
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("backend", ["pages", "xattention", "topk"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"budget": 512, "remainder": "mean"},
+        {"budget": 256, "query_tile": 128, "block_size": 32},
+    ],
+)
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys", "causal", "value_dim", "dtype"),
+    [
+        ((6, 3), 512, 3072, True, 32, torch.float32),
+        ((8, 2), 1024, 4096, True, 32, torch.float32),
+        ((6, 6), 2048, 2048, True, 32, torch.float32),
+        ((6, 6), 2048, 2048, False, 32, torch.float32),
+        ((6, 2), 2060, 2060, False, 32, torch.float32),
+        ((6, 3), 512, 3072, True, 32, torch.bfloat16),
+        ((6, 3), 512, 3072, True, 48, torch.float32),
+    ],
+)
+def test_what_a_selection_is_predicted_to_take_is_what_its_tensors_take(
+    backend: str,
+    params: dict[str, Any],
+    heads: tuple[int, int],
+    rows: int,
+    keys: int,
+    causal: bool,
+    value_dim: int,
+    dtype: torch.dtype,
+    empty_caches: None,
+) -> None:
+    q, k, v = (x.to(dtype) for x in make_inputs(1, heads, rows, keys, 32))
+    v = v.repeat(1, 1, 1, 2)[..., :value_dim].contiguous()
+    knobs = parse_params(backend, params)
+    shape = CallShape(rows, keys, *heads, 32, value_dim, dtype.itemsize, causal)
+    predicted = load(backend).workspace(knobs, shape)
+    summaries = BlockSummaries(keys) if causal else None
+    segment = Segment(slice(0, rows), k, v, keys - rows, 0, summaries)
+    packed = rows * heads[0] * value_dim * dtype.itemsize
+    peak = peak_of_tensors(
+        lambda: attend_packed(q, [segment], backend=backend, params=knobs, causal=causal, scale=0.2)
+    )
+    ratio = (predicted.live_bytes + predicted.shared_bytes + predicted.cache_bytes) / (peak - packed)
+    assert 0.85 < ratio < 1.75
+    if summaries is not None:
+        assert summaries.nbytes <= predicted.cache_bytes
+        assert predicted.cache_bytes == keys // params.get("block_size", 64) * heads[1] * (96 + value_dim) * 4
+    else:
+        assert predicted.cache_bytes == 0
+
+
+def test_the_largest_budget_of_any_layer_and_head_counts() -> None:
+    assert most_keys(512) == 512 and most_keys(None) is None
+    assert most_keys([64, [128, 1024], 256]) == 1024

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import memory
+from models.contract import Choice
 from models.kv_cache import Cache, LayerShape
 from models.memory import MEASURED_FROM_TOKENS, PeakBytes
 from tests.models.tiny import FAMILIES, bert, choice, llama, network, serve
@@ -70,6 +71,7 @@ def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str)
     [
         ("bert", "random", {"num_random": 256, "block_size": 1}),
         ("llama", "bigbird", {"num_random": 1024, "block_size": 128}),
+        ("llama", "pages", {"budget": 512, "remainder": "mean"}),
     ],
 )
 def test_the_estimate_knows_the_attention_that_was_chosen(
@@ -92,6 +94,18 @@ def test_drawn_keys_are_predicted_layer_by_layer_up_to_the_limit_of_their_cache(
     huge = encoder.estimate_bytes(10**6, 0, choice("random", num_random=256), 10**6)
     kept = 2 * 6 * 10**6 * 257 * 5
     assert huge - encoder.estimate_bytes(10**6, 0, choice(), 10**6) < kept / 10, "the cache is bounded"
+
+
+def test_block_summaries_are_predicted_with_the_cache_they_stay_beside() -> None:
+    decoder = serve(network(llama), 512)
+    plain, pages = choice(), choice("pages", query_tile=128, block_size=32)
+    one_block = 3 * 2 * 4 * 8 * 4  # 3 layers, 2 key heads, two bounds and two means of 8 numbers
+
+    def growth(wanted: Choice) -> int:
+        few, many = (decoder.estimate_bytes(320, new_tokens, wanted, 128) for new_tokens in (1, 64))
+        return many - few
+
+    assert growth(pages) == growth(plain) + 2 * one_block
 
 
 def test_a_models_own_windows_do_not_depend_on_the_choice() -> None:
@@ -144,6 +158,33 @@ def test_a_cache_gives_back_what_was_written_as_views() -> None:
     assert cache.held_bytes == cache.full_bytes
     cache.write(1, 0, k[:, :1], v[:, :1])
     assert cache.held_bytes == cache.full_bytes, "writing again over what is there takes nothing back"
+
+
+def test_a_cache_keeps_the_summaries_of_its_blocks_and_counts_them() -> None:
+    cache = Cache([LayerShape(2, 8, 8)], 200, torch.float32, torch.device("cpu"))
+    k, v = torch.randn(2, 160, 8), torch.randn(2, 160, 8)
+    cache.write(0, 0, k, v)
+    before = cache.held_bytes
+    kept = cache.summaries(0)
+    kept.get(k, v, 32, 5)
+    assert cache.summaries(0) is kept and cache.held_bytes == before + 5 * 2 * 4 * 8 * 4
+    cache.close()
+    assert cache.held_bytes == 0
+
+
+def test_writing_again_over_a_block_makes_its_summary_anew() -> None:
+    """A step that failed after some layers is followed by other tokens at the same positions."""
+    cache = Cache([LayerShape(1, 4, 4)] * 2, 200, torch.float32, torch.device("cpu"))
+    k, v = torch.randn(1, 128, 4), torch.randn(1, 128, 4)
+    for layer in (0, 1):
+        cache.write(layer, 0, k, v)
+        cache.summaries(layer).get(k, v, 32, 4)
+    other = torch.randn(1, 60, 4)
+    cache.write(0, 68, other, other)
+    keys, values = (x[0] for x in cache.keys_values(0, 128))
+    found = cache.summaries(0).get(keys, values, 32, 4)
+    assert torch.equal(found.kmax[:, 2:], torch.stack([keys[:, 64:96].amax(1), keys[:, 96:].amax(1)], 1))
+    assert torch.equal(cache.summaries(1).get(k, v, 32, 4).kmax[:, 3], k[:, 96:].amax(1)), "another layer"
 
 
 def test_a_closed_cache_holds_nothing_and_takes_nothing() -> None:

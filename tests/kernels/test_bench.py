@@ -1,0 +1,514 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kernels.bench
+from kernels.api import attend
+from kernels.benchmarks import arguments, group, measure
+from kernels.benchmarks.arguments import options
+from kernels.benchmarks.cases import Case, groups, why_not
+from kernels.benchmarks.decode import DecodeRow, run_decode
+from kernels.benchmarks.dense import dense
+from kernels.benchmarks.errors import exact_rows, own_error
+from kernels.benchmarks.flex_masks import Blocks, fixed_mask, listed_mask, why_no_mask
+from kernels.benchmarks.growth import DENSE, Growth, crossover, exponent, growths
+from kernels.benchmarks.inputs import Inputs, make_inputs
+from kernels.benchmarks.machine import machine
+from kernels.benchmarks.measure import Contender, sgemm_gflops, take_turns
+from kernels.benchmarks.record import LeftOut
+from kernels.benchmarks.rows import Row
+from kernels.math.block_lists import BlockLists, lists_from_table
+from kernels.math.query_tiles import query_tiles
+from kernels.peak import PeakBytes, peak_bytes
+
+CPU = torch.device("cpu")
+CASE = Case("window", {"window": 40}, 4, 2, 16, 300, True)
+PAGES = Case("pages", {"query_tile": 128, "block_size": 32, "budget": 64}, 4, 2, 16, 600, True)
+
+
+@pytest.fixture(autouse=True)
+def known_sgemm_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.bench, "sgemm_gflops", lambda: 100.0)
+
+
+def row(length: int, **changed: Any) -> Row:
+    one = Row(
+        backend="window",
+        impl="torch",
+        params="default",
+        shape="4x2x16",
+        length=length,
+        causal=True,
+        rounds=3,
+        time_ms=float(length),
+        selection_ms=0.0,
+        first_selection_ms=0.1,
+        gflops=10.0,
+        share_of_sgemm=0.1,
+        dense_ms=length**2 / 6000,
+        dense_extrapolated=False,
+        dense_gflops=10.0,
+        ratio_to_dense=length / 6000,
+        flex_ms=None,
+        ratio_to_flex=None,
+        flex_note="not asked for",
+        flex_difference=None,
+        pairs_computed=100 * length,
+        density=0.1,
+        density_computed=0.2,
+        dense_share=0.0,
+        dropped_mass=None,
+        peak_bytes=1000,
+        max_abs_error=1e-7,
+        error_rows=8,
+        error_to_exact=0.5,
+    )
+    return replace(one, **changed)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.37, 2.0])
+def test_the_exponent_of_a_power_law_is_found(power: float) -> None:
+    assert exponent([(N, 3.7 * N**power) for N in (4096, 8192, 32768)]) == pytest.approx(power, abs=1e-9)
+
+
+def test_lengths_below_4096_do_not_enter_the_fit() -> None:
+    assert exponent([(1024, 1e9), (2048, 1e9), (4096, 1.0), (8192, 2.0)]) == pytest.approx(1.0)
+
+
+def test_one_length_has_no_exponent() -> None:
+    assert exponent([(1024, 1.0), (4096, 2.0)]) is None
+    assert exponent([(4096, 2.0), (4096, 3.0)]) is None
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0, 1.7])
+def test_the_crossover_is_interpolated_in_logarithms(power: float) -> None:
+    found, note = crossover([(N, (N / 3000) ** power) for N in (1024, 2048, 4096, 8192)])
+    assert found == pytest.approx(3000) and note == ""
+
+
+def test_a_backend_that_is_faster_or_slower_everywhere_has_no_crossover_but_a_reason() -> None:
+    assert crossover([(1024, 1.5), (2048, 3.0)]) == (None, "faster from 1024 on, the shortest")
+    assert crossover([(1024, 0.1), (2048, 1.0)]) == (None, "not faster at 2048, the longest")
+
+
+def test_a_later_dip_below_dense_moves_the_crossover_behind_it() -> None:
+    found, _ = crossover([(1024, 2.0), (2048, 0.5), (4096, 2.0)])
+    assert found == pytest.approx(2048 * 2**0.5)
+
+
+def test_growth_tells_each_backend_and_dense_at_each_shape_and_direction() -> None:
+    rows = [row(N, causal=causal) for causal in (True, False) for N in (2048, 4096, 16384)]
+    found = growths([*rows, row(1024, impl="reference")])
+    assert [(each.backend, each.causal) for each in found] == [
+        (DENSE, True),
+        ("window", True),
+        (DENSE, False),
+        ("window", False),
+    ]
+    window = found[1]
+    assert window.time_exponent == pytest.approx(1.0) and window.pairs_exponent == pytest.approx(1.0)
+    assert found[0].time_exponent == pytest.approx(2.0) and window.documented_exponent == 1.0
+    assert window.fitted_lengths == (4096, 16384) and window.crossover_length == pytest.approx(6000)
+
+
+def test_contenders_take_turns_spread_over_all_rounds() -> None:
+    called: list[str] = []
+    a, b = (Contender(lambda name=name: called.append(name)) for name in "ab")  # type: ignore[misc]
+    a.rounds, b.rounds = 6, 2
+    take_turns([a, b])
+    assert "".join(called) == "abaaabaa"
+    assert len(a.times_ms) == 6 and len(b.times_ms) == 2
+
+
+def test_a_long_call_is_timed_once_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)
+    calls: list[int] = []
+    once = Contender(lambda: calls.append(1))
+    once.begin(1.0, 7)
+    take_turns([once])
+    assert len(calls) == 1 and len(once.times_ms) == 1
+
+
+def test_a_first_call_that_prepares_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)
+    calls: list[int] = []
+    compiled = Contender(lambda: calls.append(1), prepares=True)
+    compiled.begin(1.0, 7)
+    assert len(calls) == 2 and len(compiled.times_ms) == 1
+
+
+@pytest.mark.parametrize(("spent_ms", "rounds"), [(1.0, 7), (200.0, 5), (900.0, 2)])
+def test_the_first_call_decides_how_many_rounds_follow(
+    monkeypatch: pytest.MonkeyPatch, spent_ms: float, rounds: int
+) -> None:
+    monkeypatch.setattr(Contender, "call", lambda self: (spent_ms, None))
+    one = Contender(lambda: None)
+    one.begin(1.0, 7)
+    assert one.rounds == rounds
+
+
+def test_selection_time_is_the_median_of_the_timed_calls() -> None:
+    one = Contender(lambda: ours(PAGES))
+    one.begin(1e-6, 7)
+    assert one.selections_ms == []
+    take_turns([one])
+    assert len(one.selections_ms) == 2 and one.selection_ms > 0
+
+
+def test_sgemm_has_a_rate() -> None:
+    assert sgemm_gflops(64) > 0
+
+
+@pytest.mark.parametrize("megabytes", [16, 64])
+def test_a_peak_counts_what_was_held_at_once_and_free_again(megabytes: int) -> None:
+    def run() -> None:
+        first = torch.ones(megabytes << 18)
+        del first
+        torch.ones(megabytes << 18)
+
+    peak = peak_bytes(run, CPU, calls=3)
+    if peak is None:
+        pytest.skip("this system does not tell its high-water mark")
+    assert (megabytes - 1) << 20 <= peak < (megabytes + 8) << 20
+
+
+def test_a_peak_leaves_out_what_was_held_before() -> None:
+    held = torch.ones(64 << 18)
+    peak = PeakBytes(CPU).read()
+    assert peak is None or peak < 8 << 20
+    assert held.sum() > 0
+
+
+def ours(case: Case, inputs: Inputs = "structured") -> Any:
+    x = make_inputs(inputs, (case.H, case.Hk), case.N, case.D)
+    return attend(
+        x.q, x.k, x.v, backend=case.backend, params=case.params, causal=case.causal, scale=case.scale
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("case", [CASE, PAGES])
+def test_a_right_answer_has_no_error_and_a_wrong_row_has_one(case: Case, causal: bool) -> None:
+    case = replace(case, causal=causal)
+    x, out = make_inputs("structured", (case.H, case.Hk), case.N, case.D), ours(case).out
+    right = own_error(case, x, out)
+    assert right.max_abs is not None and right.max_abs < 1e-4
+    assert right.num_rows == (8 if case.backend == "window" else 128 + 128 + 88)
+    out[:, :, -1] += 1.0
+    wrong = own_error(case, x, out)
+    assert wrong.max_abs is not None and wrong.max_abs > 0.5
+
+
+def test_the_reference_itself_has_nothing_to_be_compared_with() -> None:
+    x = make_inputs("random", (4, 2), 300, 16)
+    assert own_error(replace(CASE, impl="reference"), x, x.q).max_abs is None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_error_to_exact_is_relative(causal: bool) -> None:
+    case = replace(CASE, backend="exact", params={}, causal=causal)
+    x = make_inputs("structured", (case.H, case.Hk), case.N, case.D)
+    exact, out = exact_rows(x, causal, case.scale), ours(case).out
+    assert exact.relative_error(out) < 1e-5
+    assert exact.relative_error(1.1 * out) == pytest.approx(0.1, abs=1e-4)
+    assert exact.relative_error(0 * out) == pytest.approx(1.0)
+
+
+def test_dense_is_sliced_only_where_whole_calls_take_too_long() -> None:
+    assert dense(replace(CASE, N=32768), make_inputs("random", (1, 1), 64, 8)).parts == 1
+    wide = make_inputs("random", (1, 1), 64, 8)
+    sliced = dense(replace(CASE, N=32768, causal=False), wide)
+    assert sliced.parts == 8
+    sliced.contender.times_ms = [2.0]
+    assert sliced.time_ms == 16.0
+
+
+def test_structured_inputs_gather_mass_in_few_blocks_at_every_width() -> None:
+    def best_blocks(kind: Inputs, D: int) -> float:
+        x = make_inputs(kind, (2, 2), 2048, D)
+        weights = torch.softmax(x.q[0, :, ::16] @ x.k[0].mT / D**0.5, -1)
+        blocks = torch.unflatten(weights, -1, (32, 64)).sum(-1)
+        return float(blocks.topk(4, -1).values.sum(-1).mean())
+
+    random, narrow, wide = (
+        best_blocks("random", 64),
+        best_blocks("structured", 64),
+        best_blocks("structured", 256),
+    )
+    assert random < 0.25 < 0.4 < min(narrow, wide) and max(narrow, wide) < 0.9
+
+
+def test_inputs_are_the_same_every_time_and_have_the_shapes_asked_for() -> None:
+    for kind in ("random", "structured"):
+        x, again = (make_inputs(kind, (6, 2), 100, 8) for _ in range(2))  # type: ignore[arg-type]
+        assert x.q.shape == (1, 6, 100, 8) and x.k.shape == x.v.shape == (1, 2, 100, 8)
+        assert torch.equal(x.q, again.q) and torch.equal(x.k, again.k) and torch.equal(x.v, again.v)
+
+
+def as_dense(blocks: Blocks, heads: int, N: int) -> torch.Tensor:
+    """The mask that FlexAttention computes from the blocks, bool [heads, N, N]."""
+    h, i, j = torch.meshgrid(torch.arange(heads), torch.arange(N), torch.arange(N), indexing="ij")
+    list_head = h * blocks.touched.shape[0] // heads
+    at = (list_head, i // blocks.query_block, j // blocks.key_block)
+    return blocks.whole[at] | (blocks.touched[at] & blocks.keep(torch.zeros_like(h), h, i, j))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "params"),
+    [
+        ("exact", {}),
+        ("window", {"window": 70, "global_tokens": 3}),
+        ("sinks", {"window": 50}),
+        ("star", {}),
+        ("random", {"num_random": 64, "block_size": 32}),
+        ("bigbird", {"window": 40, "global_tokens": 5, "num_random": 64, "block_size": 64}),
+    ],
+)
+@pytest.mark.parametrize("N", [256, 300])
+def test_flex_attention_gets_the_mask_of_the_pattern(
+    backend: str, params: dict[str, Any], N: int, causal: bool
+) -> None:
+    case = Case(backend, params, 4, 2, 16, N, causal)
+    mask = as_dense(fixed_mask(case), 4, N)
+    stats = ours(case).stats
+    assert int(mask.sum()) == stats.pairs_kept
+    x = make_inputs("random", (4, 2), N, 16)
+    scores = case.scale * (x.q[0] @ x.k[0].repeat_interleave(2, 0).mT)
+    out = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ x.v[0].repeat_interleave(2, 0)
+    assert torch.allclose(out, ours(case, "random").out[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("N", [512, 600])
+@pytest.mark.parametrize("list_heads", [1, 2, 4])
+def test_flex_attention_gets_the_chosen_blocks_and_the_own_keys(
+    N: int, causal: bool, list_heads: int
+) -> None:
+    case = replace(PAGES, N=N, causal=causal)
+    tiles = query_tiles(case.call, N, N, 128, 32)
+    drawn = torch.rand(
+        list_heads, tiles.num_tiles, tiles.num_blocks, generator=torch.Generator().manual_seed(1)
+    )
+    table = (drawn < 0.3) & tiles.candidates()
+    mask = as_dense(
+        listed_mask(case, selector(lists_from_table(table, 32, tiles.borders)), inputs_of(case)), 4, N
+    )
+    for h in range(4):
+        for i in range(N):
+            tile, chosen = i // 128, table[h * list_heads // 4, i // 128]
+            kept = torch.zeros(N, dtype=torch.bool)
+            kept[: len(chosen) * 32] = chosen.repeat_interleave(32)
+            kept[tile * 128 : i + 1 if causal else min(N, tile * 128 + 128)] = True
+            if not causal:
+                kept[N // 32 * 32 :] = True
+            assert torch.equal(mask[h, i], kept)
+
+
+def selector(lists: BlockLists) -> Callable[..., BlockLists]:
+    return lambda q, k, v, params, call: lists
+
+
+def inputs_of(case: Case) -> Any:
+    return make_inputs("random", (case.H, case.Hk), case.N, case.D)
+
+
+def test_a_mask_that_key_blocks_cannot_express_is_told() -> None:
+    assert "every key block" in why_no_mask(replace(CASE, backend="strided", params={}))
+    assert "single random keys" in why_no_mask(replace(CASE, backend="random", params={}))
+    assert why_no_mask(CASE) == "" == why_no_mask(PAGES)
+
+
+def test_what_is_too_dear_is_left_out_with_a_reason() -> None:
+    assert why_not(CASE) is None and why_not(replace(CASE, N=2048, impl="reference")) is None
+    assert "up to N = 2048" in str(why_not(replace(CASE, N=4096, impl="reference")))
+    assert "checks" in str(why_not(replace(PAGES, impl="reference")))
+    assert why_not(Case("topk", {}, 4, 2, 16, 16384, True)) is None
+    assert "16384" in str(why_not(Case("topk", {}, 4, 2, 16, 32768, True)))
+    assert "no impl" in str(why_not(replace(CASE, impl="triton")))
+
+
+def test_groups_hold_one_length_shape_and_direction() -> None:
+    found = list(groups(["window", "star"], [{}], ["torch", "reference"], [(4, 2, 16)], [64, 128]))
+    assert [len(cases) for cases in found] == [4] * 4
+    for cases in found:
+        assert len({(case.N, case.shape, case.causal) for case in cases}) == 1
+
+
+def test_defaults_are_the_full_run_and_quick_is_small() -> None:
+    full, quick = options([], ""), options(["--quick"], "")
+    assert full.lengths == (1024, 2048, 4096, 8192, 16384, 32768) and len(full.shapes) == 3
+    assert full.flex_lengths == (4096, 16384) and set(full.impls) >= {"torch", "reference"}
+    assert quick.lengths == (1024, 4096) and len(quick.shapes) == 1 and quick.flex_lengths == ()
+    assert options(["--quick", "--lengths", "64"], "").lengths == (64,)
+    assert options(["--no-flex"], "").flex_lengths == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--shapes", "12x64"], "expected HxHkxD"),
+        (["--shapes", "9x2x64"], "H must be a multiple of Hk"),
+        (["--lengths", "0"], "at least 1"),
+        (["--seconds", "-1"], "seconds above 0"),
+        (["--params", "{"], "not JSON"),
+        (["--params", "[1]"], "expected a JSON object"),
+        (["--backends", "window", "--params", '{"windows": 3}'], "windows"),
+        (["--backends", "nothing"], "invalid choice"),
+        (["--no-prefill"], "add --decode"),
+        (["--json", "no/such/folder/x.json"], "there is no directory"),
+    ],
+)
+def test_a_wrong_option_is_named(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        options(argv, "")
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        options(["--plot", "x.png"], "")
+    assert "needs matplotlib" in capsys.readouterr().err
+
+
+SMALL = ["--shapes", "2x1x16", "--backends", "window", "star", "--seconds", "0.001", "--no-flex"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels.bench, "sgemm_gflops", lambda: 100.0)
+        lengths = ["--lengths", "128", "2080", "--decode", "--decode-lengths", "256"]
+        assert kernels.bench.main([*SMALL, *lengths, "--json", str(file)]) == 0
+    assert not list(file.parent.glob("*.part"))
+    yield json.loads(file.read_text())
+
+
+def test_the_json_file_has_the_machine_and_every_figure(small_run: dict[str, Any]) -> None:
+    facts = {"date", "command", "cpu", "num_cpus", "threads", "torch", "python", "sgemm_gflops", "inputs"}
+    parts = {"complete", "rows", "growth", "decode", "left_out", "failures"}
+    assert set(small_run) == facts | parts
+    for part, kind in (("rows", Row), ("growth", Growth), ("decode", DecodeRow), ("left_out", LeftOut)):
+        assert small_run[part], part
+        names = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+        assert all(set(found) == names for found in small_run[part])
+    assert small_run["complete"] is True and small_run["failures"] == []
+    assert small_run["command"].startswith("python -m kernels.bench --shapes 2x1x16 --backends window star")
+
+
+def test_every_backend_impl_length_and_direction_has_a_row_or_a_reason(small_run: dict[str, Any]) -> None:
+    found = {
+        (each["backend"], each["impl"], each["length"], each["causal"])
+        for part in ("rows", "left_out")
+        for each in small_run[part]
+    }
+    impls = options([], "").impls
+    assert found == {
+        (name, impl, N, causal)
+        for name in ("window", "star")
+        for impl in impls
+        for N in (128, 2080)
+        for causal in (True, False)
+    }
+
+
+def test_a_row_s_figures_belong_together(small_run: dict[str, Any]) -> None:
+    for each in small_run["rows"]:
+        assert each["ratio_to_dense"] == pytest.approx(each["dense_ms"] / each["time_ms"])
+        assert each["gflops"] == pytest.approx(4 * 16 * each["pairs_computed"] / each["time_ms"] / 1e6)
+        assert each["share_of_sgemm"] == pytest.approx(each["gflops"] / 100)
+        assert each["rounds"] >= 2 and each["flex_note"] == "not asked for"
+        assert 0 < each["density"] <= 1 and 0 <= each["error_to_exact"] < 2
+        assert (each["max_abs_error"] is None) == (each["impl"] == "reference")
+        assert each["max_abs_error"] is None or each["max_abs_error"] < 1e-4
+
+
+def test_a_quick_run_prints_its_tables_and_draws_its_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    picture = tmp_path / "bench.png"
+    assert kernels.bench.main(["--quick", *SMALL, "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    printed = capsys.readouterr().out
+    table = [
+        line for line in printed.splitlines() if line.startswith("| window") or line.startswith("| star")
+    ]
+    assert len(table) == 2 * 2 * 2 + 2 * 2
+    widths = {line.count("|") for line in printed.splitlines() if line.startswith("|")}
+    assert len(widths) == 2
+    assert "error to exact (structured inputs)" in printed and "crossover N" in printed
+
+
+def test_a_plot_with_flex_and_many_shapes_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    from kernels.benchmarks.plot import plot
+
+    rows = [
+        row(N, backend=name, shape=shape, causal=causal, flex_ms=2.0 * N if N == 4096 else None)
+        for name in ("exact", "window", "pages")
+        for shape in ("4x2x16", "2x2x8")
+        for causal in (True, False)
+        for N in (1024, 4096)
+    ]
+    plot(rows, machine([], 100.0), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_backend_that_raises_is_told_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["backend"] == "star":
+            raise RuntimeError("broken on purpose")
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(group, "attend", broken)
+    file = tmp_path / "x.json"
+    assert kernels.bench.main([*SMALL, "--lengths", "64", "--impls", "torch", "--json", str(file)]) == 1
+    told = json.loads(file.read_text())
+    assert {each["backend"] for each in told["rows"]} == {"window"}
+    assert len(told["failures"]) == 2 and "broken on purpose" in told["failures"][0]
+    assert "broken on purpose" in capsys.readouterr().err
+
+
+def test_decode_tells_the_share_of_keys_it_read() -> None:
+    cases = [replace(CASE, N=512, params={"window": 64}), replace(PAGES, N=512)]
+    window, pages = run_decode(cases, "structured", 0.001)
+    assert window.read_share == 64 / 512 and window.num_keys == 512 and window.rounds >= 2
+    # the last position's own tile has 128 keys, 64 more are chosen
+    assert pages.read_share == (128 + 64) / 512
+    assert window.ratio_to_dense == pytest.approx(window.dense_us / window.time_us)
+
+
+def test_flex_attention_is_timed_where_it_has_a_mask_and_else_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flex(case: Case, x: Any) -> Any:
+        if case.backend == "star":
+            return "no reason"
+        return (lambda: 1 / 0) if case.backend == "sinks" else (lambda: ours(case).out + 0.25)
+
+    monkeypatch.setattr(group.flex_attention, "runner", flex)
+    cases = [replace(CASE, backend=name, params={}) for name in ("window", "star", "sinks")]
+    done = group.run_group(cases, group.Effort(0.001, 2, (CASE.N,), "structured"), 100.0)
+    window, star, sinks = done.rows
+    assert window.flex_ms is not None and window.flex_note == ""
+    assert window.ratio_to_flex == window.flex_ms / window.time_ms
+    assert window.flex_difference == pytest.approx(0.25, abs=1e-5)
+    assert star.flex_ms is None and star.flex_note == "no reason"
+    assert sinks.flex_ms is None and "it failed: ZeroDivisionError" in sinks.flex_note
+    elsewhere = group.run_group(cases[:1], group.Effort(0.001, 2, (64,), "structured"), 100.0)
+    assert elsewhere.rows[0].flex_note == "not asked for"
