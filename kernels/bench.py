@@ -19,11 +19,11 @@ from time import perf_counter
 
 from kernels.benchmarks.arguments import Options, options
 from kernels.benchmarks.cases import Case, groups, why_not
-from kernels.benchmarks.decode import run_decode, why_no_decode
+from kernels.benchmarks.decode import MAX_ROUNDS, run_decode, why_no_decode
 from kernels.benchmarks.group import Effort, run_group
 from kernels.benchmarks.growth import growths
 from kernels.benchmarks.machine import machine
-from kernels.benchmarks.measure import sgemm_gflops
+from kernels.benchmarks.measure import Budget, sgemm_gflops
 from kernels.benchmarks.plot import plot
 from kernels.benchmarks.record import LeftOut, Record
 from kernels.benchmarks.tables import decode_header, decode_line, growth_table, header, left_out_list, line
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prefill(asked: Options, record: Record) -> None:
     print(header(asked.inputs))
-    effort = Effort(asked.seconds, asked.max_rounds, asked.flex_lengths, asked.inputs)
+    effort = Effort(asked.seconds, asked.max_rounds, asked.flex_at, asked.inputs)
     began = perf_counter()
     for cases in groups(asked.backends, asked.params, asked.impls, asked.shapes, asked.lengths):
         able = _able(cases, record)
@@ -65,13 +65,14 @@ def _prefill(asked: Options, record: Record) -> None:
 
 
 def _decode(asked: Options, record: Record) -> None:
+    budget = Budget(asked.seconds, max_rounds=MAX_ROUNDS)
     print(f"\nDecode: one query over M keys, impl torch\n\n{decode_header()}")
     began = perf_counter()
     for cases in groups(asked.backends, asked.params, ["torch"], asked.shapes, asked.decode_lengths):
         able = [case for case in cases if why_no_decode(case) is None]
         if not able:
             continue
-        for row in run_decode(able, asked.inputs, asked.seconds):
+        for row in run_decode(able, asked.inputs, budget):
             record.decode.append(row)
             print(decode_line(row), flush=True)
         _progress(f"decode {able[0].shape} M={able[0].N}", began)

@@ -7,8 +7,8 @@ Lists are given, nothing is selected, and no row has keys of its own: what is ti
 ``random``: one list per tile and key head, each block equally likely. ``window``: the same number of blocks
 around the tile. Rounds alternate between all contenders and the best of each is taken: on a shared machine
 only ratios within one run mean anything. A rate is 4 D FLOP per score element computed.
-``--sweep`` runs random lists over densities 1/32 to 1 instead, the listed blocks gathered, as a slice under a
-mask, and as ``crossover`` chooses: where the first two meet is what its constants are fitted to.
+``--sweep`` runs random lists over densities 1/32 to 1 instead: every list gathered, every list as a slice
+under a mask, and as ``add_block_lists`` chooses. Where the first two meet is what ``crossover`` is fitted to.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def sweep(shape: Shape, args: argparse.Namespace) -> Iterable[SweepRow]:
         run = _core(shape, q, k, v, random_table(shape, density))
         contenders: dict[str, Callable[[], Any]] = {
             "dense": lambda: _dense(shape, q, k, v),
-            "gathered": lambda run=run: _from_share(math.inf, run),  # type: ignore[misc]
-            "masked": lambda run=run: _from_share(0.0, run),  # type: ignore[misc]
+            "gathered": lambda run=run: _one_way(2.0, run),  # type: ignore[misc]
+            "masked": lambda run=run: _one_way(0.0, run),  # type: ignore[misc]
             "chosen": run,
         }
         times, results = _best(contenders, args.repeat)
@@ -172,20 +172,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, call: Call) -> A
     return acc
 
 
-def _from_share(share: float, run: Callable[[], Accumulator]) -> Accumulator:
-    with _crossover(share):
+def _one_way(share: float, run: Callable[[], Accumulator]) -> Accumulator:
+    """Every list by itself: as a slice under a mask beyond ``share``, gathered where that is above 1."""
+    with _tuned(share):
         return run()
 
 
 @contextmanager
-def _crossover(share: float) -> Iterator[None]:
-    fitted, limit = block_sparse.crossover, block_sparse.VIEW_ELEMENTS
-    block_sparse.crossover = lambda num_rows: share
-    block_sparse.VIEW_ELEMENTS = limit if math.isfinite(share) else 1 << 62
+def _tuned(share: float) -> Iterator[None]:
+    ways: dict[str, Any] = {
+        "crossover": lambda num_rows: share,
+        "common_and_rest": lambda lists, group: (lists,),
+        "VIEW_ELEMENTS": 1 << 62 if share > 1 else 1,
+    }
+    tuned = {name: getattr(block_sparse, name) for name in ways}
     try:
+        for name, value in ways.items():
+            setattr(block_sparse, name, value)
         yield
     finally:
-        block_sparse.crossover, block_sparse.VIEW_ELEMENTS = fitted, limit
+        for name, value in tuned.items():
+            setattr(block_sparse, name, value)
 
 
 def _flex(shape: Shape, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Callable[[], Tensor]:

@@ -7,9 +7,9 @@ kept where the weight is above zero. Logits are 0 where they do not matter and s
 weight is rounded away. Impl ``reference`` tells a fixed pattern. A choice that depends on the data is told by
 impl ``torch``, which is the one that serves: the references go pair by pair.
 
-Yun et al., "O(n) connections are expressive enough" (arXiv 2006.04862). The conditions are necessary for its
-theorem together; the theorem promises that a network of enough such layers exists, nothing about one that was
-trained otherwise.
+Yun et al., "O(n) connections are expressive enough" (arXiv 2006.04862). Its theorem asks for all three and
+promises that a deep enough network of such layers can approximate any continuous map of sequences. It says
+nothing about a model that was trained with other attention.
 """
 
 from __future__ import annotations

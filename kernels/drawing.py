@@ -38,12 +38,12 @@ _SIDE = 512
 _OVERVIEW_SIDE = 256
 _OVERVIEW_BACKENDS_PER_ROW = 2
 _OVERVIEW_TOP, _EDGE, _GAP, _ABOVE, _BELOW = 92, 32, 16, 58, 44
-_LETTER_WIDTH = 0.74
+_LETTER_WIDTH = 0.77
 """Of an average letter, in pixels per point of its size."""
 _OVERVIEW_LEGEND = (
     "Queries run down, keys across. Dark: kept. Grey: later keys, which no causal model reads. "
-    "Params are small here, so that their structure shows. Where a pixel stands for several pairs, its shade is "
-    "the share of them that is kept."
+    "Params are small here, so that their structure shows. Where a pixel stands for several pairs, its "
+    "shade is the share of them that is kept."
 )
 
 
@@ -118,8 +118,9 @@ def _drawings(backend: str, params: Params, num_tokens: int) -> list[Drawing]:
 
 
 def demonstration_params(backend: str, num_tokens: int) -> Params:
-    """The defaults with every whole number above N / 16 shrunk: to the smallest power of two, from about
-    N / 16 on, that the backend accepts beside the others. A number for which it accepts none stays."""
+    """The defaults with every whole number above N / 16 shrunk: to the smallest power of two, from a
+    sixteenth of N and of itself on, that the backend accepts beside the others. One for which it accepts none
+    stays."""
     shown = parse_params(backend)
     while (smaller := _one_shrunk(backend, shown, num_tokens)) is not None:
         shown = smaller
@@ -128,8 +129,9 @@ def demonstration_params(backend: str, num_tokens: int) -> Params:
 
 def _one_shrunk(backend: str, params: Params, num_tokens: int) -> Params | None:
     """With one number smaller, or None where none can be."""
+    defaults = _whole_numbers(parse_params(backend))
     for name, value in _whole_numbers(params).items():
-        size = 1 << max(1, num_tokens // 16).bit_length() - 1
+        size = 1 << max(1, num_tokens // 16, defaults[name] // 16).bit_length() - 1
         while size < value:
             if (smaller := _accepted(backend, params, name, size)) is not None:
                 return smaller

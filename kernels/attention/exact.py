@@ -13,13 +13,16 @@ afforded.
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.math.accumulate import accumulator, result
 from kernels.math.masked import masked_attention
-from kernels.math.spans import Ints, Span, SpanPattern, span_attention
+from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
 from kernels.math.workspace import panels
 
 _ONE_TILE = 1 << 40
@@ -31,11 +34,15 @@ class ExactParams(Params):
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> AttentionResult:
     everything = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    return masked_attention(q, k, v, everything, call)
+    dropped = torch.zeros(q.shape[:3], device=q.device)
+    return masked_attention(q, k, v, everything, call, dropped=dropped)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> AttentionResult:
-    return span_attention(q, k, v, _CAUSAL if call.causal else _ALL, call)
+    began = perf_counter()
+    acc = accumulator(q, k, v, call)
+    add_spans(acc, plan_for(acc, _CAUSAL if call.causal else _ALL))
+    return result(acc, q, began, dropped=torch.zeros_like(acc.lse))
 
 
 def _all_keys(rows: Ints, num_keys: int) -> list[Span]:
@@ -62,7 +69,13 @@ BACKEND = Backend(
     paper="Vaswani et al., Attention is all you need (arXiv 1706.03762)",
     params=ExactParams,
     capabilities=Capabilities(
-        causal=True, bidirectional=True, decode=True, exact=True, selection="none", complexity="O(N^2)"
+        causal=True,
+        bidirectional=True,
+        decode=True,
+        exact=True,
+        selection="none",
+        complexity="O(N^2)",
+        exponent=2.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,

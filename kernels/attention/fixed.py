@@ -127,12 +127,14 @@ BACKEND = Backend(
         exact=False,
         selection="none",
         complexity="O(N stride + N^2 / stride)",
+        exponent=2.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
     conditions=(
-        "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
-        "reached within 2 layers (3 where a model's first layer has the summaries). In a causal model a "
+        "Bidirectional, and where stride divides N, it meets Yun et al.'s three conditions under every "
+        "combine mode, with every token reached within 2 layers (3 where a model's first layer has the "
+        "summaries); tokens of a last, incomplete block are seen by that block alone. In a causal model a "
         "token is reached by earlier ones only, the paper's s is infinite and its theorem does not apply."
     ),
 )

@@ -60,6 +60,7 @@ BACKEND = Backend(
         exact=False,
         selection="none",
         complexity="O(N (window + sinks))",
+        exponent=1.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,

@@ -96,6 +96,7 @@ BACKEND = Backend(
         exact=False,
         selection="none",
         complexity="O(N window)",
+        exponent=1.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,

@@ -139,6 +139,7 @@ BACKEND = Backend(
         exact=False,
         selection="none",
         complexity="O(N stride + N^2 / stride)",
+        exponent=2.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,

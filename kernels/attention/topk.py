@@ -61,7 +61,7 @@ def _scores(one: OneSequence, params: TopKParams) -> BlockScores:
                 blocks, lse[head, :, some] = _add_rows(one, head, keys, some)
                 shares[head, tile, : len(blocks)] += blocks
             shares[head, tile] /= G * (rows.stop - rows.start)
-    candidates = torch.zeros(shares.shape[1:], dtype=torch.bool)
+    shares, candidates = shares.cpu(), torch.zeros(shares.shape[1:], dtype=torch.bool)
     candidates[:, : tiles.num_blocks] = tiles.candidates()
     return BlockScores(shares[..., : tiles.num_blocks], shares.masked_fill(candidates, 0.0).sum(-1), lse)
 
@@ -80,7 +80,7 @@ def _add_rows(one: OneSequence, head: int, keys: Tensor, rows: slice) -> tuple[T
     broken = None if math.isfinite(float(logits.sum())) else ~torch.isfinite(logits)
     if tiles.causal:
         first = tiles.start + rows.start
-        later = torch.ones(rows.stop - rows.start, stop - first, dtype=torch.bool).triu_(1)
+        later = torch.ones(logits.shape[1], stop - first, dtype=torch.bool, device=logits.device).triu_(1)
         logits[..., first:].masked_fill_(later, -math.inf)
     lse = torch.logsumexp(logits, -1)
     if broken is None:

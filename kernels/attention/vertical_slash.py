@@ -6,8 +6,8 @@
 Jiang et al., "MInference 1.0: accelerating pre-filling for long-context LLMs via dynamic sparse attention"
 (arXiv 2407.02490), section 3. Here, per key head and per query tile of ``query_tile`` rows: ``probe_rows``
 rows spread over the tile are probed exactly (``kernels.math.vertical_slash`` has the equations), the
-``num_verticals`` keys of largest mass and the ``num_slashes`` block offsets of largest mass per computed pair
-are kept, and so are always the tile's own keys. A slash is a band of whole blocks: the rows of query block b
+``num_verticals`` keys of largest mass, as far as rows agree on it, and the ``num_slashes`` block offsets of
+largest mass per computed pair are kept, and so are always the tile's own keys. A slash is a band of whole blocks: the rows of query block b
 see key block b - d (bidirectional: d may be negative). The paper probes the last rows of the whole prompt,
 which a chunk does not have; a tile has its own, so chunked prefill and reused prefixes work. A pair kept by
 both counts once. Where a probed score is not finite, its key head keeps the whole tile.
@@ -18,7 +18,8 @@ group. Cost O(N^2 D probe_rows / query_tile) to choose and O(N D (num_verticals 
 to attend; O(N) memory. Accumulates in fp32, returns q's dtype.
 
 ``dropped`` of a row is the softmax mass that the choice left out as the probe saw it: the mean over the probe
-rows of the row's query block and its group's heads.
+rows of the row's query block and its group's heads. The choice was made on those rows, so it is too small
+where each row looks at keys of its own.
 
 When not to use it: below some thousands of keys, where exact attention costs no more; where what matters
 moves from row to row (then the rows of a tile share nothing that a few columns could hold).
@@ -49,7 +50,7 @@ from kernels.math.workspace import spans
 
 class VerticalSlashParams(Params):
     num_verticals: Count = Field(
-        default=512,
+        default=1024,
         description="Single keys that each query tile reads beyond its own; or a list with one entry per "
         "layer, each such a number or a list with one per key head.",
     )
@@ -62,7 +63,7 @@ class VerticalSlashParams(Params):
         default=512, description="Rows, at absolute multiples, that share one choice of keys and offsets."
     )
     probe_rows: Literal[16, 32, 64] = Field(
-        default=32, description="Rows of a query tile whose exact attention makes its choice."
+        default=16, description="Rows of a query tile whose exact attention makes its choice."
     )
     block_size: Literal[32, 64, 128] = Field(
         default=64, description="Width of a slash: rows of one block see one block of keys per offset."

@@ -66,6 +66,7 @@ BACKEND = Backend(
         exact=False,
         selection="none",
         complexity="O(N (window + global_tokens))",
+        exponent=1.0,
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,

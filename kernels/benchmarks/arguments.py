@@ -18,6 +18,7 @@ from kernels.benchmarks.inputs import Inputs
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHAPES: tuple[Shape, ...] = ((12, 12, 64), (9, 3, 64), (4, 1, 256))
 FLEX_LENGTHS = (4096, 16384)
+FLEX_EVERY_SHAPE = 4096
 QUICK_LENGTHS = (1024, 4096)
 QUICK_SECONDS = 0.1
 SECONDS = 0.6
@@ -35,7 +36,8 @@ class Options:
     inputs: Inputs
     seconds: float
     max_rounds: int
-    flex_lengths: tuple[int, ...]
+    flex_at: frozenset[tuple[Shape, int]]
+    """Shapes and lengths at which FlexAttention runs."""
     decode: bool
     prefill: bool
     decode_lengths: tuple[int, ...]
@@ -48,17 +50,17 @@ def options(argv: Sequence[str], described: str) -> Options:
     parser = _parser(described)
     given = parser.parse_args(argv)
     quick = given.quick
-    flex = () if quick or given.no_flex else FLEX_LENGTHS
+    shapes = tuple(dict.fromkeys(given.shapes or SHAPES[: 1 if quick else None]))
     found = Options(
         lengths=tuple(sorted(set(given.lengths or (QUICK_LENGTHS if quick else LENGTHS)))),
-        shapes=tuple(dict.fromkeys(given.shapes or SHAPES[: 1 if quick else None])),
+        shapes=shapes,
         backends=tuple(dict.fromkeys(given.backends or backend_names())),
         impls=tuple(dict.fromkeys(given.impls or (["torch"] if quick else cpu_impls()))),
         params=tuple(given.params or [{}]),
         inputs=given.inputs,
         seconds=given.seconds if given.seconds is not None else (QUICK_SECONDS if quick else SECONDS),
         max_rounds=given.max_rounds,
-        flex_lengths=flex if given.flex_lengths is None or given.no_flex else tuple(given.flex_lengths),
+        flex_at=_flex_at(given, shapes),
         decode=given.decode,
         prefill=not given.no_prefill,
         decode_lengths=tuple(sorted(set(given.decode_lengths))),
@@ -67,6 +69,18 @@ def options(argv: Sequence[str], described: str) -> Options:
     )
     _check(parser, found)
     return found
+
+
+def _flex_at(given: argparse.Namespace, shapes: Sequence[Shape]) -> frozenset[tuple[Shape, int]]:
+    """Every shape at up to ``FLEX_EVERY_SHAPE`` tokens, the first alone beyond: each mask compiles anew."""
+    if given.no_flex or (given.quick and given.flex_lengths is None):
+        return frozenset()
+    lengths = FLEX_LENGTHS if given.flex_lengths is None else given.flex_lengths
+    return frozenset(
+        (shape, N)
+        for N in lengths
+        for shape in (shapes if N <= FLEX_EVERY_SHAPE or given.flex_every_shape else shapes[:1])
+    )
 
 
 def _parser(described: str) -> argparse.ArgumentParser:
@@ -86,6 +100,11 @@ def _parser(described: str) -> argparse.ArgumentParser:
     add("--seconds", type=_positive, help=f"per contender and length, about; default {SECONDS}")
     add("--max-rounds", type=_length, default=7, metavar="COUNT", help="default 7")
     add("--flex-lengths", type=_length, nargs="*", metavar="N", help=f"default {_told(FLEX_LENGTHS)}")
+    add(
+        "--flex-every-shape",
+        action="store_true",
+        help=f"else only the first beyond {FLEX_EVERY_SHAPE} tokens",
+    )
     add("--no-flex", action="store_true", help="without FlexAttention, which compiles for seconds per mask")
     add("--quick", action="store_true", help="1024 and 4096 tokens, one shape, impl torch, no FlexAttention")
     add("--decode", action="store_true", help="decode as well: one query over --decode-lengths keys")

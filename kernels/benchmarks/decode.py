@@ -14,13 +14,13 @@ from kernels.api import attend_packed
 from kernels.benchmarks.cases import Case
 from kernels.benchmarks.dense import sdpa
 from kernels.benchmarks.inputs import Inputs, Tensors, make_inputs
-from kernels.benchmarks.measure import Contender, take_turns
+from kernels.benchmarks.measure import Budget, Contender, take_turns
 from kernels.contract import PackedResult, Segment, Stats
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load
 
 LENGTHS = (8192, 16384, 32768)
-_MAX_ROUNDS = 101
+MAX_ROUNDS = 101
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ def why_no_decode(case: Case) -> str | None:
     return "; ".join(backend.unsupported(case.parsed, True)) or None
 
 
-def run_decode(cases: Sequence[Case], inputs: Inputs, budget_s: float) -> Iterator[DecodeRow]:
+def run_decode(cases: Sequence[Case], inputs: Inputs, budget: Budget) -> Iterator[DecodeRow]:
     """Cases of one shape and number of keys, all of them able to decode."""
     one = cases[0]
     x = make_inputs(inputs, (one.H, one.Hk), one.N, one.D)
     last = x.q[:, :, -1:].contiguous()
     dense = Contender(lambda: sdpa(last, x.k, x.v, False, one.scale))
-    dense.begin(budget_s, _MAX_ROUNDS)
+    dense.begin(budget)
     ours = []
     for case in cases:
         contender = Contender(_step(case, x, last), prepares=True)  # the first call fills the summaries
-        first: PackedResult = contender.begin(budget_s, _MAX_ROUNDS)
+        first: PackedResult = contender.begin(budget)
         ours.append((case, contender, first.stats[0]))
     take_turns([dense, *(contender for _, contender, _ in ours)])
     for case, contender, stats in ours:

@@ -3,9 +3,10 @@
     max_abs_error = max |o_i - r_i|                     r: softmax under the backend's own mask (correctness)
     error_to_exact = sqrt(sum |o_i - e_i|^2 / sum |e_i|^2)    e: exact softmax attention (of these inputs)
 
-The own mask comes from impl ``reference`` on the fewest rows that make the same choice: single rows, or whole
-query tiles where a tile chooses together (``selection`` tile), of one key head each where no head's choice
-looks at another's. A choice that depends on the whole prompt can only be repeated on all of it.
+The own mask comes from impl ``reference`` on few rows that make the same choice: four stretches of eight, or
+whole query tiles where a tile chooses together (``selection`` tile), of one key head each where no head's
+choice looks at another's: two tiles up to 4,096 tokens, one up to 16,384, none beyond (the reference chooses
+in Python loops over all keys). A choice that depends on the whole prompt can only be repeated on all of it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from kernels.benchmarks.cases import REFERENCE_MAX_LENGTH, Case
 from kernels.benchmarks.inputs import Tensors
 from kernels.registry import load
 
+_STRETCHES = 4
 _ROWS = 8
-_TILES = 3
+_TWO_TILES_UP_TO = 4096
+_ONE_TILE_UP_TO = 16384
 _EXACT_ROWS = 64
-_ENOUGH_S = 5.0
+_ENOUGH_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,15 @@ def _samples(case: Case) -> Iterator[slice]:
         if case.N <= REFERENCE_MAX_LENGTH:
             yield slice(0, case.N)
         return
-    height = case.parsed.chunk_multiple() if selection == "tile" else 1
-    count = -(-case.N // height)
-    for tile in dict.fromkeys(torch.linspace(0, count - 1, _ROWS if height == 1 else _TILES).long().tolist()):
+    if selection != "tile":
+        first_rows = torch.linspace(0, max(0, case.N - _ROWS), _STRETCHES).long().tolist()
+        yield from (slice(row, min(row + _ROWS, case.N)) for row in dict.fromkeys(first_rows))
+        return
+    if case.N > _ONE_TILE_UP_TO:
+        return
+    height = case.parsed.chunk_multiple()
+    last = -(-case.N // height) - 1
+    for tile in dict.fromkeys([last // 2, last] if case.N <= _TWO_TILES_UP_TO else [last // 2]):
         yield slice(tile * height, min((tile + 1) * height, case.N))
 
 

@@ -55,7 +55,10 @@ _FIXED = ("exact", "window", "sinks", "star", "random", "bigbird")
 def fixed_mask(case: Case) -> Blocks:
     """A pattern that knows no data, from its predicate and, for random blocks, its draws."""
     keep, table, block = _pattern(case, case.parsed)
-    touched, whole = _classified(keep, table, block, case.N)
+    touched, whole = _classified_once(case, keep, block)
+    if table is not None:
+        complete = torch.arange(touched.shape[-1]) < case.N // block
+        touched, whole = touched | table, whole | (table & complete)
     return Blocks(touched, whole, block, block, _mask_mod(keep, table, block, case.H // case.Hk))
 
 
@@ -131,19 +134,27 @@ def _drawn_blocks(case: Case, params: Any) -> Tensor:
     return table.scatter_(2, torch.where(drawn < 0, count, drawn), True)[..., :count].contiguous()
 
 
-def _classified(keep: Pairs, table: Tensor | None, block: int, N: int) -> tuple[Tensor, Tensor]:
-    """Blocks [Hk or 1, nb, nb] that hold a kept pair, and those kept whole, strip by strip."""
+def _classified_once(case: Case, keep: Pairs, block: int) -> tuple[Tensor, Tensor]:
+    """Kept for the other shapes of that length: a predicate on positions knows nothing of heads."""
+    key = (case.backend, case.told_params, case.N, case.causal)
+    if key not in _CLASSIFIED:
+        _CLASSIFIED[key] = _classified(keep, block, case.N)
+    return _CLASSIFIED[key]
+
+
+_CLASSIFIED: dict[tuple[str, str, int, bool], tuple[Tensor, Tensor]] = {}
+
+
+def _classified(keep: Pairs, block: int, N: int) -> tuple[Tensor, Tensor]:
+    """Blocks [1, nb, nb] that hold a kept pair, and those kept whole, strip by strip."""
     count = -(-N // block)
-    j = torch.arange(count * block)[None]
-    touched, whole = torch.zeros(count, count, dtype=torch.bool), torch.zeros(count, count, dtype=torch.bool)
+    j = torch.arange(count * block, dtype=torch.int32)[None]
+    touched, whole = torch.zeros(2, 1, count, count, dtype=torch.bool)
     for b in range(count):
-        i = torch.arange(b * block, (b + 1) * block)[:, None]
+        i = torch.arange(b * block, (b + 1) * block, dtype=torch.int32)[:, None]
         kept = torch.unflatten(keep(i, j).expand(block, -1) & (j < N), 1, (count, block))
-        touched[b], whole[b] = kept.any(2).any(0), kept.all(2).all(0)
-    if table is None:
-        return touched[None], whole[None]
-    complete = torch.arange(count) < N // block
-    return touched | table, whole | (table & complete)
+        touched[0, b], whole[0, b] = kept.any(2).any(0), kept.all(2).all(0)
+    return touched, whole
 
 
 def _mask_mod(keep: Pairs, table: Tensor | None, block: int, group: int) -> MaskMod:

@@ -10,23 +10,30 @@ from torch import Tensor
 
 from kernels.api import attend
 from kernels.benchmarks import flex as flex_attention
-from kernels.benchmarks.cases import Case
+from kernels.benchmarks.cases import Case, Shape
 from kernels.benchmarks.dense import dense
 from kernels.benchmarks.errors import ExactRows, exact_rows, own_error
 from kernels.benchmarks.inputs import Inputs, Tensors, make_inputs
-from kernels.benchmarks.measure import Contender, take_turns
+from kernels.benchmarks.measure import Budget, Contender, take_turns
 from kernels.benchmarks.rows import NOT_ASKED_FOR, Flex, Measured, Row, row
 from kernels.contract import AttentionResult
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a group may cost: seconds and rounds of each contender, and whether FlexAttention runs."""
+    """What a group may cost: seconds and rounds of each contender, and where FlexAttention runs."""
 
     seconds: float
     max_rounds: int
-    flex_lengths: tuple[int, ...]
+    flex_at: frozenset[tuple[Shape, int]]
     inputs: Inputs
+
+    def budget(self, length: int) -> Budget:
+        return Budget(self.seconds, 2 if length <= TWO_ROUNDS_UP_TO else 1, self.max_rounds)
+
+
+TWO_ROUNDS_UP_TO = 8192
+"""Longer calls of more than the budget are timed once after the first."""
 
 
 @dataclass
@@ -43,7 +50,7 @@ def run_group(cases: Sequence[Case], effort: Effort, sgemm_gflops: float) -> Gro
     x = make_inputs(effort.inputs, (one.H, one.Hk), one.N, one.D)
     exact = exact_rows(x, one.causal, one.scale)
     group, baseline = Group(), dense(one, x)
-    baseline.contender.begin(effort.seconds, effort.max_rounds)
+    baseline.contender.begin(effort.budget(one.N))
     measured = []
     for case in cases:
         try:
@@ -58,7 +65,7 @@ def run_group(cases: Sequence[Case], effort: Effort, sgemm_gflops: float) -> Gro
 
 def _begin(case: Case, x: Tensors, exact: ExactRows, effort: Effort) -> Measured:
     ours = Contender(lambda: _ours(case, x))
-    first: AttentionResult = ours.begin(effort.seconds, effort.max_rounds)
+    first: AttentionResult = ours.begin(effort.budget(case.N))
     wrong, to_exact = own_error(case, x, first.out), exact.relative_error(first.out)
     flex = _flex(case, x, first.out, effort)
     return Measured(case, ours, first.stats, wrong, to_exact, flex)
@@ -79,14 +86,14 @@ def _ours(case: Case, x: Tensors) -> AttentionResult:
 
 
 def _flex(case: Case, x: Tensors, ours: Tensor, effort: Effort) -> Flex:
-    if case.impl != "torch" or case.N not in effort.flex_lengths:
+    if case.impl != "torch" or ((case.H, case.Hk, case.D), case.N) not in effort.flex_at:
         return Flex(NOT_ASKED_FOR)
     run = flex_attention.runner(case, x)
     if isinstance(run, str):
         return Flex(run)
     contender = Contender(run, prepares=True)
     try:
-        out: Tensor = contender.begin(effort.seconds, effort.max_rounds)
+        out: Tensor = contender.begin(effort.budget(case.N))
     except Exception as error:  # a compiler that is missing or fails must not end the bench
         return Flex(f"it failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
     return Flex("", contender, float((out - ours).abs().max()))

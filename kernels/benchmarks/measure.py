@@ -1,8 +1,8 @@
 """Times on a machine that drifts: contenders take turns, the median of each is reported.
 
 Every contender is called once before the rounds. One whose call takes longer than ``LONG_MS`` is not called
-again: that first call is its time. The others get as many rounds as fit into a budget of seconds, at least
-``MIN_ROUNDS``, and turns spread evenly over all rounds.
+again: that first call is its time. The others get as many rounds as fit into a budget of seconds, within
+bounds, and turns spread evenly over all rounds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,23 @@ import torch
 from kernels.contract import AttentionResult, PackedResult, Stats
 from kernels.peak import PeakBytes, peak_bytes
 
-LONG_MS = 5000.0
-MIN_ROUNDS = 2
 _CPU = torch.device("cpu")
+LONG_MS = 5000.0
+_PEAK_AGAIN_MS = 2000.0
+_SHORT_MS = 500.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds that a contender's rounds may take, and the least and most there are."""
+
+    seconds: float
+    min_rounds: int = 2
+    max_rounds: int = 7
+
+    def rounds(self, call_ms: float) -> int:
+        fitting = int(self.seconds * 1e3 / max(call_ms, 1e-3))
+        return max(self.min_rounds, min(self.max_rounds, fitting))
 
 
 @dataclass
@@ -53,7 +67,7 @@ class Contender:
         spent_ms, value = self.call()
         self._keep(spent_ms, stats_of(value))
 
-    def begin(self, budget_s: float, max_rounds: int) -> Any:
+    def begin(self, budget: Budget) -> Any:
         """The first call: how many rounds will follow. Returns what it returned."""
         peak = PeakBytes(_CPU)
         spent_ms, value = self.call()
@@ -63,14 +77,14 @@ class Contender:
         if spent_ms > LONG_MS:
             self._keep(spent_ms, stats_of(value))
         else:
-            self.rounds = max(MIN_ROUNDS, min(max_rounds, int(budget_s * 1e3 / max(spent_ms, 1e-3))))
+            self.rounds = budget.rounds(spent_ms)
         return value
 
     def peak_bytes(self) -> int | None:
-        """Of one call after the first, what it returns included; of a long call's only one."""
-        if self.rounds == 0:
+        """Of one call after the first, what it returns included; of the first where calls are long."""
+        if self.time_ms > _PEAK_AGAIN_MS:
             return self.first_peak_bytes
-        return peak_bytes(self.run, _CPU, calls=3 if self.time_ms < LONG_MS / 5 else 1)
+        return peak_bytes(self.run, _CPU, calls=3 if self.time_ms < _SHORT_MS else 1)
 
     def _keep(self, spent_ms: float, stats: Stats | None) -> None:
         self.times_ms.append(spent_ms)

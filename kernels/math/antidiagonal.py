@@ -112,11 +112,11 @@ def _add_run(one: OneSequence, grid: _Grid, head: int, groups: range, shares: Te
     """Add what the groups give each block to the sums of their tiles, [num_tiles, blocks]."""
     seen = grid.cells_seen(groups[-1])
     logits = _logits(one, grid, head, groups, seen)
-    tiles, member = _members(grid, groups, logits.dtype)
+    tiles, member = _members(grid, groups, logits)
     finite = math.isfinite(float(logits.sum()))
     if one.tiles.causal:
         first = grid.first_group + groups[0]
-        later = torch.ones(len(groups), seen - first, dtype=torch.bool).triu_(1)
+        later = torch.ones(len(groups), seen - first, dtype=torch.bool, device=logits.device).triu_(1)
         logits[:, :, first:].masked_fill_(later, 0.0 if not finite else -math.inf)
     broken = None
     if not finite:
@@ -132,7 +132,7 @@ def _add_run(one: OneSequence, grid: _Grid, head: int, groups: range, shares: Te
 def _logits(one: OneSequence, grid: _Grid, head: int, groups: range, seen: int) -> Tensor:
     """s_gc of one key head's query heads, [G, groups, seen cells]."""
     rows = _reversed_groups(one.q[head], grid, groups)
-    rows *= (one.call.scale / grid.rows_in_group()[groups.start : groups.stop])[:, None].to(rows.dtype)
+    rows *= one.call.scale / grid.rows_in_group()[groups.start : groups.stop, None].to(rows)
     whole = min(seen, grid.num_keys // grid.stride)
     flat = rows.flatten(0, 1)
     logits = flat @ _cells(one.k[head, : whole * grid.stride], grid.stride, flat.dtype).mT
@@ -159,11 +159,11 @@ def _reversed_groups(q: Tensor, grid: _Grid, groups: range) -> Tensor:
     return rows.reshape(len(q), len(groups), S, -1).flip(2).flatten(2)
 
 
-def _members(grid: _Grid, groups: range, dtype: torch.dtype) -> tuple[slice, Tensor]:
+def _members(grid: _Grid, groups: range, like: Tensor) -> tuple[slice, Tensor]:
     """The tiles that the groups belong to, and which of them each does: [tiles, groups], 1 or 0."""
     mine = grid.tile_of_group()[groups.start : groups.stop]
     tiles = torch.arange(int(mine[0]), int(mine[-1]) + 1)
-    return slice(int(mine[0]), int(mine[-1]) + 1), (tiles[:, None] == mine).to(dtype)
+    return slice(int(mine[0]), int(mine[-1]) + 1), (tiles[:, None] == mine).to(like)
 
 
 def _put_aside(logits: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _scores(one: OneSequence, grid: _Grid, sums: Tensor) -> BlockScores:
 
     Divided at the end: where a softmax is all or nothing the sums are whole numbers, and ties stay ties.
     """
-    blocks = sums / (torch.bincount(grid.tile_of_group()) * one.q.shape[1])[:, None]
+    blocks = sums.cpu() / (torch.bincount(grid.tile_of_group()) * one.q.shape[1])[:, None]
     candidates = F.pad(one.tiles.candidates(), (0, blocks.shape[-1] - one.tiles.num_blocks))
     return BlockScores(blocks[..., : one.tiles.num_blocks], blocks.masked_fill(candidates, 0.0).sum(-1))
 

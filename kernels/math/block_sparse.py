@@ -3,8 +3,9 @@ backend.
 
     out_i = softmax(scale * q_i [K_(c_1) | K_(c_2) | ...]^T) [V_(c_1); V_(c_2); ...],   c = list of i's tile
 
-Cost: 4 D FLOP per row and listed key; memory: ``PANEL_BYTES`` of keys and values, or one list's. Three ways,
-all with the same result:
+Cost: 4 D FLOP per row and listed key; memory: ``PANEL_BYTES`` of keys and values, or one list's. What
+neighbouring tiles have in common is attended to by all their rows at once (``block_common``). Every list then
+goes one of three ways, all with the same result:
 
 gathered   The listed blocks are copied side by side into a panel, and one flash call runs over the panels of
            a few lists of equal length (many, where tiles are small: calls cost more than elements there).
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.math.accumulate import Accumulator
+from kernels.math.block_common import common_and_rest
 from kernels.math.block_lists import BlockLists
 from kernels.math.block_skip import without_skipped
 from kernels.math.decode import softmax_lse
@@ -83,13 +85,19 @@ def add_block_lists(
     _check(acc, lists)
     if skip > 0.0:
         lists = without_skipped(acc, b, lists, skip, own)
-    for run in _runs(acc, b, lists):
-        rest = run.num > 0
-        for rect in _rectangles(run, masked=not guard):
-            if _add_view(run, rect):
-                rest[rect.heads, rect.tiles] = False
-        _add_gathered(run, list(_batches(run, rest)))
+    group = acc.q.shape[1] * acc.q.shape[2] // lists.heads
+    for part in common_and_rest(lists, group):
+        for run in _runs(acc, b, part):
+            _add_run(run, masked=not guard)
     return lists
+
+
+def _add_run(run: _Run, masked: bool) -> None:
+    rest = run.num > 0
+    for rect in _rectangles(run, masked):
+        if _add_view(run, rect):
+            rest[rect.heads, rect.tiles] = False
+    _add_gathered(run, list(_batches(run, rest)))
 
 
 def _check(acc: Accumulator, lists: BlockLists) -> None:

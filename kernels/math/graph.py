@@ -85,8 +85,8 @@ def hamiltonian_path(patterns: Sequence[Pattern], max_steps: int = SEARCH_STEPS)
     """Whether the union of the patterns has a path through all tokens, each seen by the next one.
 
     Certified by the order 0 .. N-1 or its reverse; decided exactly where all edges point one way (causal);
-    refused by necessary conditions (``_has_no_path``); otherwise searched, at most ``max_steps`` tokens
-    tried: "unknown" where they do not suffice.
+    refused where of two tokens neither depends on the other at any depth; otherwise searched, at most
+    ``max_steps`` tokens tried: "unknown" where they do not suffice.
     """
     union = np.logical_or.reduce(list(patterns))
     if bool(union.diagonal(-1).all()) or bool(union.diagonal(1).all()):
@@ -98,19 +98,14 @@ def hamiltonian_path(patterns: Sequence[Pattern], max_steps: int = SEARCH_STEPS)
 
 
 def _has_no_path(sees: Pattern) -> bool:
-    """A path of N > 1 tokens has one first token at most that sees no other, one last at most that no other
-    sees, and leaves no part of the graph apart."""
-    return bool((~sees.any(1)).sum() > 1 or (~sees.any(0)).sum() > 1 or not _connected(sees | sees.T))
-
-
-def _connected(neighbours: Pattern) -> bool:
-    met = np.zeros(len(neighbours), dtype=bool)
-    new = met.copy()
-    new[0] = True
-    while new.any():
-        met |= new
-        new = neighbours[new].any(0) & ~met
-    return bool(met.all())
+    """Along a path every token depends, through those between, on every earlier one: of any two tokens one
+    must depend on the other. So two parts apart, or two tokens that see no other, leave no path."""
+    itself = sees | np.eye(len(sees), dtype=bool)
+    depends, (begin, keys) = _packed(itself), _edges(itself)
+    while not np.array_equal(depends, further := _step(begin, keys, depends)):
+        depends = further
+    either = np.unpackbits(depends.view(np.uint8), axis=1, count=len(sees)).astype(bool)
+    return not bool((either | either.T).all())
 
 
 def _search(sees: Pattern, max_steps: int) -> PathAnswer:

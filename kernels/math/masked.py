@@ -26,9 +26,11 @@ def positions(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     return i[:, None], j[None, :]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, call: Call) -> AttentionResult:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, call: Call, *, dropped: Tensor | None = None
+) -> AttentionResult:
     """Attention over the pairs where ``keep`` [H, N, M] or [N, M] is True; causal pairs j > i are dropped
-    here.
+    here. ``dropped`` [B, H, N]: the backend's own estimate of the softmax mass that is not kept.
     """
     began = perf_counter()
     B, H, N, _ = q.shape
@@ -43,5 +45,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, call: Call) 
     weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~keep, 0.0)
     kept = B * int(keep.sum())
     spent_ms = (perf_counter() - began) * 1e3
-    stats = Stats(kept, pairs_exact(q, k.shape[2], call), B * keep.numel(), 0.0, spent_ms, "reference")
-    return AttentionResult((weights @ values).to(q.dtype), lse.float(), stats)
+    stats = Stats(
+        pairs_kept=kept,
+        pairs_exact=pairs_exact(q, k.shape[2], call),
+        pairs_computed=B * keep.numel(),
+        selection_ms=0.0,
+        compute_ms=spent_ms,
+        impl="reference",
+        dropped_mass=None if dropped is None else float(dropped.mean()),
+    )
+    return AttentionResult((weights @ values).to(q.dtype), lse.float(), stats, dropped)

@@ -40,9 +40,9 @@ _SPLIT_ROWS = 96
 _SPLIT_KEYS = 256
 """A tile of at least so many rows, with at least so many keys (and as many as rows) that all of them see, has
 panels for its edges: a mask on every key costs a seventh of the time, a merge about as much as 12 keys."""
-_GROUPED_ROWS = 192
-"""From so many rows on, torch's kernel takes 64 of them at a time, below 32. Heads that share keys reach it
-together."""
+_GROUPED_ROWS, _TALL_ROWS = 192, 768
+"""From so many rows on, torch's kernel takes 64, and 256, of them at a time, below 32. Heads that share keys
+reach it together."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -109,8 +109,10 @@ class Part:
     computed: int
 
     @property
-    def slides(self) -> bool:
-        return any(panel.advance for tile in self.tiles for panel in tile.panels)
+    def overlaps(self) -> bool:
+        """Whether panels of neighbouring tiles share keys."""
+        panels = (panel for tile in self.tiles for panel in tile.panels)
+        return any(0 < panel.advance < panel.b - panel.a for panel in panels)
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,10 @@ def _add_row(acc: Accumulator, plan: SpanPlan) -> None:
 
 
 def _head_turns(acc: Accumulator, part: Part) -> list[slice]:
-    """Key heads that run in one call. Sliding panels of shared heads, and of keys that must be copied, take
+    """Key heads that run in one call. Overlapping panels of shared heads, and of keys that must be copied, take
     one at a time: a copy then is small, and neighbouring tiles meet their keys in the cache."""
-    num_heads = acc.q.shape[1]
-    if part.slides:
+    num_heads, group = acc.q.shape[1:3]
+    if part.overlaps and (group > 1 or _scattered(acc)):
         return [slice(h, h + 1) for h in range(num_heads)]
     return [slice(0, num_heads)]
 
@@ -199,7 +201,7 @@ def _scattered(acc: Accumulator) -> bool:
 
 def _add_part(acc: Accumulator, part: Part, b: int, heads: slice, guard: bool) -> None:
     k, v = acc.k[b, heads], acc.v[b, heads]
-    if part.slides and _scattered(acc):
+    if part.overlaps and _scattered(acc):
         k, v = k.to(acc.q.dtype).contiguous(), v.to(acc.q.dtype).contiguous()
     rows = _Rows(acc.q[b, heads], k, v, acc.out[b, heads], acc.lse[b, heads])
     for tile in part.tiles:
@@ -247,12 +249,7 @@ def _panel_part(
     q: Tensor, k: Tensor, v: Tensor, panel: Panel, tile: Tile, scale: float, guard: bool
 ) -> tuple[Tensor, Tensor]:
     keys, values = panel.of(k, tile.count), panel.of(v, tile.count)
-    turned = len(q) == 1  # tiles before heads: torch's kernel then writes each tile's rows together
-    if turned:
-        q, keys, values = q.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
     out, lse = dense_part(q, keys, values, scale, mask=panel.mask, causal=panel.causal, guard=guard)
-    if turned:
-        out, lse = out.transpose(0, 1), lse.transpose(0, 1)
     if not tile.joined:
         return out, lse
     return torch.unflatten(out[:, :, 0], 2, (-1, tile.height)), torch.unflatten(
@@ -296,17 +293,18 @@ def _part(spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int], t
     computed = 0
     for r0, r1 in _tile_rows(spans, rows, height, cuts):
         pieces = [piece for span in spans for piece in _pieces(span, rows, r0, r1)]
-        joined = _joined(r1 - r0, bool(pieces), target)
+        slides = any(_slides(span, r0, r1) for span in spans)
+        joined = slides and _joined(r1 - r0, target)
         tiles.append(Tile(r0, r1 - r0, 1, tuple(_panel(p, target, joined) for p in pieces), joined))
         computed += sum(computed_elements(r1 - r0, p.b - p.a, p.causal and not joined) for p in pieces)
     return Part(tuple(_batched(tiles)), sum(_num_kept(span, rows) for span in spans), computed)
 
 
-def _joined(height: int, used: bool, target: _Target) -> bool:
+def _joined(height: int, target: _Target) -> bool:
     """Whether heads that share keys run as one with more rows: where that makes torch's kernel take more rows
     at a time, and the copy of the rows stays small beside the work."""
-    grows = height < _GROUPED_ROWS <= height * target.group or height < 768 <= height * target.group
-    return used and grows and target.group > 2
+    grows = height < _GROUPED_ROWS <= height * target.group or height < _TALL_ROWS <= height * target.group
+    return grows and target.group > 2
 
 
 def _batched(tiles: Sequence[Tile]) -> Iterator[Tile]:

@@ -1,11 +1,13 @@
 """Which single keys and which diagonals of key blocks a tile of queries looks at, told by a few of its rows.
 
     P = softmax(scale * q_p K^T)                     p: probe rows, spread evenly over the tile, and its last
-    vertical_j = mean over p of P[p, j]              of every candidate key j
+    vertical_j = sqrt(even_j odd_j)                  even_j: mean of P[p, j] over p in even query blocks
     slash_d    = mean over p of sum_{j in block b(p) - d, no chosen vertical} P[p, j]
 
-b(p) = floor(p / L) is a row's query block. Means also run over the query heads of a key head; slash_d over
-those probe rows whose block at offset d is a candidate, so that it is mass per computed pair: an offset that
+b(p) = floor(p / L) is a row's query block. Means also run over the query heads of a key head. A key that one
+probe row alone looks at has vertical_j = 0: it says nothing of the rows between, and diagonals are full of
+such keys (where all probe rows lie in query blocks of one kind, as in decode, vertical_j is the mean). slash_d
+runs over those probe rows whose block at offset d is a candidate, so that it is mass per computed pair: an offset that
 only a few query blocks of the tile can use is as dear as its pairs. The verticals are chosen first and do not
 count again for slashes: a heavy column would make a slash of its block.
 
@@ -174,7 +176,7 @@ class Chooser:
             return _everything(place, len(q))
         probe = self._probed(q, place)
         probe.mass[whole | ~probe.finite] = 0.0
-        columns = _most(probe.mass.sum(1), self._num_verticals, place.candidate_keys)
+        columns = _most(_verticals(probe), self._num_verticals, place.candidate_keys)
         probe.mass.masked_fill_(columns[:, None], 0.0)
         blocks = probe.mass.unflatten(2, (-1, place.block)).sum(-1).masked_fill_(~place.candidates, 0.0)
         slashes = _most(_by_offset(blocks, probe.share, place), self._num_slashes)
@@ -228,6 +230,14 @@ class _Probe:
     mass: Tensor
     share: Tensor
     finite: Tensor
+
+
+def _verticals(probe: _Probe) -> Tensor:
+    """[Hk, num_blocks * L]: by turns, query blocks are even and odd."""
+    some, others = (probe.mass[:, turn::2].sum(1) for turn in (0, 1))
+    if float(probe.share[0::2].sum()) == 0.0 or float(probe.share[1::2].sum()) == 0.0:
+        return some + others
+    return some.sqrt_().mul_(others.sqrt_())
 
 
 def _by_offset(blocks: Tensor, share: Tensor, place: TilePlace) -> Tensor:

@@ -1,10 +1,10 @@
 """The pairs that vertical-slash attention keeps, row by row: the specification of the fast choice.
 
-    own keys  ∪  the num_verticals candidate keys of largest mass
+    own keys  ∪  the num_verticals candidate keys of largest sqrt(mass from even * mass from odd query blocks)
               ∪  candidate blocks at the num_slashes offsets of largest mass per probe row that can use them
 
 Equations as in ``kernels.math.vertical_slash``, whose code this does not share. Every logit of a probe row
-exists, and Python loops over keys, offsets and rows: for tests and small sizes.
+exists, and Python loops over keys and offsets: for tests and small sizes.
 """
 
 from __future__ import annotations
@@ -42,17 +42,24 @@ class _Tile:
     call: Call
     sizes: Sizes
 
-    def visible(self, i: int) -> range:
-        return range(i + 1 if self.call.causal else len(self.k))
+    def visible(self, i: int) -> int:
+        """How many keys, from the first, row i may see."""
+        return i + 1 if self.call.causal else len(self.k)
 
-    def is_own(self, j: int) -> bool:
+    def own(self, j: Tensor) -> Tensor:
         whole = len(self.k) // self.sizes.block * self.sizes.block
-        in_tail = not self.call.causal and j >= whole
-        return self.begin <= j < self.begin + self.sizes.query_tile or in_tail
+        inside = (self.begin <= j) & (j < self.begin + self.sizes.query_tile)
+        return inside if self.call.causal else inside | (j >= whole)
+
+    def own_pairs(self) -> Tensor:
+        """Bool [R, M]"""
+        i, j = torch.tensor(self.positions)[:, None], torch.arange(len(self.k))
+        return self.own(j) & ((j <= i) | (not self.call.causal))
 
     def candidates(self) -> list[int]:
-        end = self.begin if self.call.causal else len(self.k)
-        return [j for j in range(end) if not self.is_own(j)]
+        j = torch.arange(self.begin if self.call.causal else len(self.k))
+        found: list[int] = j[~self.own(j)].tolist()
+        return found
 
     def offsets(self) -> list[int]:
         L = self.sizes.block
@@ -67,7 +74,7 @@ class _Tile:
 
     def logits(self, row: int) -> Tensor:
         """[G, keys that the row may see]"""
-        keys = self.k[: len(self.visible(self.positions[row]))].to(self.q.dtype)
+        keys = self.k[: self.visible(self.positions[row])].to(self.q.dtype)
         return self.q[:, row] @ keys.mT * self.call.scale
 
 
@@ -98,10 +105,7 @@ def _tiles(start: int, num_rows: int, height: int) -> Iterator[list[int]]:
 
 def _tile_pairs(tile: _Tile, head: int) -> tuple[Tensor, Tensor]:
     """Bool [R, M] and [R]."""
-    keep = torch.zeros(len(tile.positions), len(tile.k), dtype=torch.bool)
-    for row, i in enumerate(tile.positions):
-        for j in tile.visible(i):
-            keep[row, j] = tile.is_own(j)
+    keep = tile.own_pairs()
     candidates, offsets = tile.candidates(), tile.offsets()
     num_verticals, num_slashes = tile.sizes.num_verticals[head], tile.sizes.num_slashes[head]
     logits = {row: tile.logits(row) for row in tile.probes()}
@@ -110,17 +114,26 @@ def _tile_pairs(tile: _Tile, head: int) -> tuple[Tensor, Tensor]:
         keep[:, candidates] = True
         return keep, torch.zeros(len(keep))
     weights = {row: torch.softmax(x, -1).mean(0).tolist() for row, x in logits.items()}
-    verticals = _verticals(weights, candidates, num_verticals)
+    verticals = _verticals(tile, weights, candidates, num_verticals)
     slashes = _slashes(tile, weights, set(candidates), set(verticals), offsets, num_slashes)
     keep[:, verticals] = True
-    L = tile.sizes.block
+    L, j = tile.sizes.block, torch.tensor(candidates)
     for row, i in enumerate(tile.positions):
-        keep[row, [j for j in candidates if i // L - j // L in slashes]] = True
+        at_slash = torch.isin(i // L - j // L, torch.tensor(sorted(slashes)))
+        keep[row, j[at_slash]] = True
     return keep, _left_out(tile, weights, candidates, keep)
 
 
-def _verticals(weights: dict[int, list[float]], candidates: list[int], count: int) -> list[int]:
-    mass = {j: sum(w[j] for w in weights.values()) for j in candidates}
+def _verticals(tile: _Tile, weights: dict[int, list[float]], candidates: list[int], count: int) -> list[int]:
+    halves: tuple[list[int], list[int]] = ([], [])
+    for row in weights:
+        halves[tile.positions[row] // tile.sizes.block % 2].append(row)
+    if halves[0] and halves[1]:
+        mass = {
+            j: math.prod(math.sqrt(sum(weights[row][j] for row in h)) for h in halves) for j in candidates
+        }
+    else:
+        mass = {j: sum(w[j] for w in weights.values()) for j in candidates}
     return sorted(candidates, key=lambda j: (-mass[j], j))[:count]
 
 
@@ -147,7 +160,8 @@ def _slashes(
 def _left_out(tile: _Tile, weights: dict[int, list[float]], candidates: list[int], keep: Tensor) -> Tensor:
     """Of each row: the mean over the probe rows of its query block, or of the next one that has any."""
     L = tile.sizes.block
-    lost = {row: math.fsum(w[j] for j in candidates if not keep[row, j]) for row, w in weights.items()}
+    kept = keep.tolist()
+    lost = {row: math.fsum(w[j] for j in candidates if not kept[row][j]) for row, w in weights.items()}
     by_block: dict[int, list[float]] = {}
     for row in lost:
         by_block.setdefault(tile.positions[row] // L, []).append(lost[row])

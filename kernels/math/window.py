@@ -66,5 +66,5 @@ def tile_height(width: int, group: int = 1) -> int:
     if width >= 2 * _WIDE:
         return 768
     if width >= _WIDE:
-        return 96 if 1 < group < 4 else 192
+        return {1: 192, 2: 96, 3: 96}.get(group, max(96, -(-768 // (16 * group)) * 16))
     return 32 if group < 4 else max(32, -(-192 // (16 * group)) * 16)

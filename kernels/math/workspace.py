@@ -16,7 +16,14 @@ from kernels.math.block_sparse import PANEL_BYTES, VIEW_ROWS
 from kernels.math.cache import DRAWS, MASKS
 from kernels.math.dense import KEY_CHUNK
 from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS
-from kernels.math.spans import BATCH_ROWS
+from kernels.math.spans import (
+    _GROUPED_ROWS,
+    _JOINED_ROWS,
+    _SPLIT_KEYS,
+    _SPLIT_ROWS,
+    _TALL_ROWS,
+    BATCH_ROWS,
+)
 from kernels.math.window import tile_height
 
 _FP32 = 4
@@ -56,11 +63,33 @@ def spans(shape: CallShape, tile: int, width: int, num_masks: int, parts: int = 
 def windows(shape: CallShape, window: int, columns: int) -> Workspace:
     """A window, and the first ``columns`` keys in panels of their own."""
     width = window if shape.causal else 2 * window
-    tile = tile_height(width)
-    near = spans(shape, tile, tile + width, num_masks=width // tile + 3)
+    tile = tile_height(width, shape.num_heads // shape.num_kv_heads)
+    near = spans(shape, tile, tile + width, num_masks=0)
+    near = Workspace(near.live_bytes, shared_bytes=_window_masks(shape, tile, window))
     if not columns:
         return near
-    return one_after_another(near, spans(shape, tile, columns, num_masks=columns // tile + 2))
+    return one_after_another(near, spans(shape, _JOINED_ROWS, columns, num_masks=columns // _JOINED_ROWS + 2))
+
+
+def _window_masks(shape: CallShape, tile: int, window: int) -> int:
+    """Of tiles whose spans slide, one over all their keys or, where they are split, two over their edges; of
+    the higher ones where a document begins and ends, those over the edge that moves."""
+    width = tile + (window if shape.causal else 2 * window)
+    split = tile >= _SPLIT_ROWS and width - 2 * tile >= max(_SPLIT_KEYS, tile)
+    sliding = tile * _joined(shape, tile) * (2 * tile if split else width)
+    uneven = tile < _JOINED_ROWS and _JOINED_ROWS % tile > 0
+    edge = max(tile, _JOINED_ROWS + tile * uneven)
+    alone = shape.causal and not uneven
+    beginning = 0 if alone and window <= edge else min(edge, window) * edge * (1 if alone else 2)
+    longest = min(shape.num_rows, shape.num_keys)
+    return min(sliding + beginning, 2 * longest * longest, MASKS.max_bytes // _FP32) * _FP32
+
+
+def _joined(shape: CallShape, height: int) -> int:
+    """Query heads that run as rows of one, each with its copy of a mask, in sliding tiles of so many rows."""
+    group = shape.num_heads // shape.num_kv_heads
+    grows = any(height < rows <= height * group for rows in (_GROUPED_ROWS, _TALL_ROWS))
+    return group if grows and group > 2 else 1
 
 
 def random_keys(shape: CallShape, num_random: int, block_size: int, base_edges: int) -> Workspace:
@@ -144,10 +173,10 @@ def _scores(shape: CallShape, rows: int, width: int) -> int:
 
 
 def _own_parts(shape: CallShape, block_size: int) -> int:
-    """Outputs at once: grouped heads of several tiles are joined from one call per key head, and a
+    """Outputs at once: grouped heads are put together from several calls, or are copies of the rows, and a
     bidirectional row also sees the last keys that are no whole block."""
-    joined = 1 < shape.num_kv_heads < shape.num_heads and shape.num_rows > 1
-    return 1 + joined + (not shape.causal and shape.num_keys % block_size > 0)
+    grouped = 1 < shape.num_kv_heads < shape.num_heads and shape.num_rows > 1
+    return 1 + grouped + (not shape.causal and shape.num_keys % block_size > 0)
 
 
 def _listed(shape: CallShape, query_tile: int, longest: int) -> int:
@@ -164,7 +193,7 @@ def _listed(shape: CallShape, query_tile: int, longest: int) -> int:
     gathered = lists * (longest * key * copies + rows * row) * _FP32
     viewed = min(max(VIEW_ROWS, rows), shape.num_rows * shape.num_heads) * row * _FP32
     masks_and_scores = _scores(shape, tile, longest) * lists // max(1, shape.num_kv_heads)
-    return max(gathered, viewed + _widened_keys(shape, shape.num_keys)) + masks_and_scores
+    return max(gathered, viewed + _widened_keys(shape, longest)) + masks_and_scores
 
 
 def _left_out(shape: CallShape, query_tile: int, block_size: int) -> int:

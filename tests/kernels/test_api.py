@@ -12,8 +12,9 @@ import torch
 
 from kernels import Unsupported, api, attend, attend_packed, backend_names, describe, registry
 from kernels.contract import Backend, Capabilities, Params, Segment, Workspace
-from kernels.registry import UnknownBackend
+from kernels.registry import UnknownBackend, load
 from tests.kernels.kernel_cases import CASES, make_inputs
+from tests.kernels.selection_oracle import SELECTING
 
 COMMON: dict[str, Any] = {"causal": True, "scale": 0.1}
 
@@ -30,7 +31,8 @@ def test_a_description_is_plain_and_its_schema_accepts_its_defaults(name: str) -
     jsonschema.Draft202012Validator.check_schema(told["params_schema"])
     jsonschema.validate(told["defaults"], told["params_schema"])
     assert told["capabilities"]["impls"] == ["reference", "torch"]
-    assert told["capabilities"]["selection"] == "none"
+    assert told["capabilities"]["selection"] == ("tile" if name in SELECTING else "none")
+    assert (load(name).select is not None) == (name in SELECTING and name != "vertical_slash")
     assert told["capabilities"]["random"] == (name in ("random", "bigbird"))
     assert told["capabilities"]["exact"] == (name == "exact")
 
@@ -184,7 +186,7 @@ def test_listing_backends_imports_none_of_them() -> None:
 
 def test_every_backend_imports_without_a_warning() -> None:
     assert run_python(
-        "import kernels; print(len([kernels.describe(n) for n in kernels.backend_names()]))"
+        "import kernels; print(len([kernels.describe(n, graph=False) for n in kernels.backend_names()]))"
     ) == str(len(backend_names()))
 
 

@@ -11,7 +11,7 @@ import torch
 
 import kernels.bench
 from kernels.api import attend
-from kernels.benchmarks import arguments, group, measure
+from kernels.benchmarks import arguments, errors, group, measure
 from kernels.benchmarks.arguments import options
 from kernels.benchmarks.cases import Case, groups, why_not
 from kernels.benchmarks.decode import DecodeRow, run_decode
@@ -21,7 +21,7 @@ from kernels.benchmarks.flex_masks import Blocks, fixed_mask, listed_mask, why_n
 from kernels.benchmarks.growth import DENSE, Growth, crossover, exponent, growths
 from kernels.benchmarks.inputs import Inputs, make_inputs
 from kernels.benchmarks.machine import machine
-from kernels.benchmarks.measure import Contender, sgemm_gflops, take_turns
+from kernels.benchmarks.measure import Budget, Contender, sgemm_gflops, take_turns
 from kernels.benchmarks.record import LeftOut
 from kernels.benchmarks.rows import Row
 from kernels.math.block_lists import BlockLists, lists_from_table
@@ -131,7 +131,7 @@ def test_a_long_call_is_timed_once_and_not_repeated(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure, "LONG_MS", 0.0)
     calls: list[int] = []
     once = Contender(lambda: calls.append(1))
-    once.begin(1.0, 7)
+    once.begin(Budget(1.0))
     take_turns([once])
     assert len(calls) == 1 and len(once.times_ms) == 1
 
@@ -140,7 +140,7 @@ def test_a_first_call_that_prepares_is_no_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measure, "LONG_MS", 0.0)
     calls: list[int] = []
     compiled = Contender(lambda: calls.append(1), prepares=True)
-    compiled.begin(1.0, 7)
+    compiled.begin(Budget(1.0))
     assert len(calls) == 2 and len(compiled.times_ms) == 1
 
 
@@ -150,13 +150,15 @@ def test_the_first_call_decides_how_many_rounds_follow(
 ) -> None:
     monkeypatch.setattr(Contender, "call", lambda self: (spent_ms, None))
     one = Contender(lambda: None)
-    one.begin(1.0, 7)
+    one.begin(Budget(1.0))
     assert one.rounds == rounds
+    one.begin(Budget(0.1, min_rounds=1))
+    assert one.rounds == (7 if spent_ms == 1.0 else 1)
 
 
 def test_selection_time_is_the_median_of_the_timed_calls() -> None:
     one = Contender(lambda: ours(PAGES))
-    one.begin(1e-6, 7)
+    one.begin(Budget(1e-6))
     assert one.selections_ms == []
     take_turns([one])
     assert len(one.selections_ms) == 2 and one.selection_ms > 0
@@ -200,10 +202,18 @@ def test_a_right_answer_has_no_error_and_a_wrong_row_has_one(case: Case, causal:
     x, out = make_inputs("structured", (case.H, case.Hk), case.N, case.D), ours(case).out
     right = own_error(case, x, out)
     assert right.max_abs is not None and right.max_abs < 1e-4
-    assert right.num_rows == (8 if case.backend == "window" else 128 + 128 + 88)
+    assert right.num_rows == (32 if case.backend == "window" else 128 + 88)
     out[:, :, -1] += 1.0
     wrong = own_error(case, x, out)
     assert wrong.max_abs is not None and wrong.max_abs > 0.5
+
+
+def test_few_tiles_are_checked_where_the_reference_is_slow() -> None:
+    counted = [
+        sum(rows.stop - rows.start for rows in errors._samples(replace(PAGES, N=N)))
+        for N in (4096, 8192, 32768)
+    ]
+    assert counted == [256, 128, 0]
 
 
 def test_the_reference_itself_has_nothing_to_be_compared_with() -> None:
@@ -345,10 +355,20 @@ def test_groups_hold_one_length_shape_and_direction() -> None:
 def test_defaults_are_the_full_run_and_quick_is_small() -> None:
     full, quick = options([], ""), options(["--quick"], "")
     assert full.lengths == (1024, 2048, 4096, 8192, 16384, 32768) and len(full.shapes) == 3
-    assert full.flex_lengths == (4096, 16384) and set(full.impls) >= {"torch", "reference"}
-    assert quick.lengths == (1024, 4096) and len(quick.shapes) == 1 and quick.flex_lengths == ()
+    assert set(full.impls) >= {"torch", "reference"}
+    assert quick.lengths == (1024, 4096) and len(quick.shapes) == 1 and not quick.flex_at
     assert options(["--quick", "--lengths", "64"], "").lengths == (64,)
-    assert options(["--no-flex"], "").flex_lengths == ()
+
+
+def test_flex_attention_runs_at_every_shape_up_to_4096_tokens_and_at_the_first_beyond() -> None:
+    first, *others = options([], "").shapes
+    short, long = 4096, 16384
+    default = options([], "").flex_at
+    assert default == {(first, long), (first, short), *((shape, short) for shape in others)}
+    every = options(["--flex-every-shape", "--flex-lengths", "16384"], "").flex_at
+    assert every == {(shape, long) for shape in (first, *others)}
+    assert not options(["--no-flex"], "").flex_at
+    assert options(["--quick", "--flex-lengths", "64"], "").flex_at == {(first, 64)}
 
 
 @pytest.mark.parametrize(
@@ -486,7 +506,7 @@ def test_a_backend_that_raises_is_told_and_the_others_go_on(
 
 def test_decode_tells_the_share_of_keys_it_read() -> None:
     cases = [replace(CASE, N=512, params={"window": 64}), replace(PAGES, N=512)]
-    window, pages = run_decode(cases, "structured", 0.001)
+    window, pages = run_decode(cases, "structured", Budget(0.001))
     assert window.read_share == 64 / 512 and window.num_keys == 512 and window.rounds >= 2
     # the last position's own tile has 128 keys, 64 more are chosen
     assert pages.read_share == (128 + 64) / 512
@@ -503,12 +523,16 @@ def test_flex_attention_is_timed_where_it_has_a_mask_and_else_told_why(
 
     monkeypatch.setattr(group.flex_attention, "runner", flex)
     cases = [replace(CASE, backend=name, params={}) for name in ("window", "star", "sinks")]
-    done = group.run_group(cases, group.Effort(0.001, 2, (CASE.N,), "structured"), 100.0)
+    done = group.run_group(
+        cases, group.Effort(0.001, 2, frozenset([((4, 2, 16), CASE.N)]), "structured"), 100.0
+    )
     window, star, sinks = done.rows
     assert window.flex_ms is not None and window.flex_note == ""
     assert window.ratio_to_flex == window.flex_ms / window.time_ms
     assert window.flex_difference == pytest.approx(0.25, abs=1e-5)
     assert star.flex_ms is None and star.flex_note == "no reason"
     assert sinks.flex_ms is None and "it failed: ZeroDivisionError" in sinks.flex_note
-    elsewhere = group.run_group(cases[:1], group.Effort(0.001, 2, (64,), "structured"), 100.0)
+    elsewhere = group.run_group(
+        cases[:1], group.Effort(0.001, 2, frozenset([((4, 2, 16), 64)]), "structured"), 100.0
+    )
     assert elsewhere.rows[0].flex_note == "not asked for"

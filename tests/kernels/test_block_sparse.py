@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.contract import Call
-from kernels.math import block_skip, block_sparse
+from kernels.math import block_common, block_skip, block_sparse
 from kernels.math.accumulate import Accumulator, accumulator
 from kernels.math.block_lists import BlockLists, lists_from_table
 from kernels.math.block_sparse import add_block_lists, crossover
@@ -107,7 +107,7 @@ def check(case: Case, atol: float = 2e-5, **options: Any) -> Accumulator:
     return acc
 
 
-@pytest.fixture(params=["as tuned", "views and masks everywhere", "tiny panels"])
+@pytest.fixture(params=["as tuned", "views and masks everywhere", "tiny panels", "common parts everywhere"])
 def tuning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the three ways a list takes depends on sizes that tests do not reach."""
     if request.param == "views and masks everywhere":
@@ -118,6 +118,9 @@ def tuning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "tiny panels":
         monkeypatch.setattr(block_sparse, "PANEL_BYTES", 1 << 15)
         monkeypatch.setattr(block_sparse, "LOOSE_ELEMENTS", 1 << 12)
+    if request.param == "common parts everywhere":
+        monkeypatch.setattr(block_common, "COMMON_KEYS", 1)
+        monkeypatch.setattr(block_common, "MAX_TILES", 1000)
     return str(request.param)
 
 
@@ -376,3 +379,25 @@ def test_logits_for_skipping_are_made_in_bounded_chunks(monkeypatch: pytest.Monk
     torch.testing.assert_close(block_skip.block_tops(q[0, 0], k[0, 0], blocks, 32), whole, atol=1e-6, rtol=0)
     want = (q[0, 0] @ k[0, 0, :384].mT).unflatten(1, (12, 32)).amax(-1)[:, blocks]
     torch.testing.assert_close(whole, want, atol=1e-6, rtol=0)
+
+
+def test_common_part_and_rest_name_every_listed_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_common, "COMMON_KEYS", 64)
+    split = 0
+    for seed in range(20):
+        borders = [(0, 256, 512, 768, 1024, 1280), (0, 100, 356, 612), (0, 384, 768, 900)][seed % 3]
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.rand(3, len(borders) - 1, 12, generator=generator) < (0.3, 0.8, 0.97)[seed // 7]
+        lists = lists_from_table(table, 32, borders)
+        parts = block_common.common_and_rest(lists, 1 + seed % 2)
+        rows = torch.arange(borders[-1])
+        named = sum(_by_row(part, rows).int() for part in parts)
+        assert torch.equal(named, _by_row(lists, rows).int())
+        assert all(len(part.indices) == int(part.indptr[-1, -1]) for part in parts)
+        split += len(parts) - 1
+    assert 5 < split < 20
+
+
+def _by_row(lists: BlockLists, rows: Tensor) -> Tensor:
+    tile = torch.bucketize(rows, torch.tensor(lists.borders[1:]), right=True)
+    return lists.table(12)[:, tile]

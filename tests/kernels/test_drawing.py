@@ -99,7 +99,7 @@ def test_a_mask_that_fills_its_picture_is_drawn_longer_or_with_smaller_params(na
 
 
 def test_demonstration_params_are_as_small_as_the_backend_allows() -> None:
-    assert demonstration_params("window", 256).model_dump() == {"window": 16, "global_tokens": 0}
+    assert demonstration_params("window", 256).model_dump() == {"window": 32, "global_tokens": 0}
     assert demonstration_params("bigbird", 256).model_dump() == {
         "window": 16,
         "global_tokens": 16,

@@ -215,7 +215,16 @@ class FakeModel:
         seen = range(length - n + 1, length + 1) if self.info.causal else [length] * n
         exact = sum(seen)
         kept = exact if part.choice.backend == "exact" else sum((row + 1) // 2 for row in seen)
-        return Work(kept, exact, kept + n, float(kept), float(exact), 0.1, 0.2, "fake")
+        return Work(
+            pairs_kept=kept,
+            pairs_exact=exact,
+            pairs_computed=kept + n,
+            flops=float(kept),
+            flops_exact=float(exact),
+            selection_ms=0.1,
+            attention_ms=0.2,
+            impl="fake",
+        )
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         """What the real model's is made of: a cache, and a workspace that depends on the backend."""
