@@ -6,20 +6,20 @@
 Jiang et al., "MInference 1.0: accelerating pre-filling for long-context LLMs via dynamic sparse attention"
 (arXiv 2407.02490), section 3. Here, per key head and per query tile of ``query_tile`` rows: ``probe_rows``
 rows spread over the tile are probed exactly (``kernels.math.vertical_slash`` has the equations), the
-``num_verticals`` keys of largest mass, as far as rows agree on it, and the ``num_slashes`` block offsets of
-largest mass per computed pair are kept, and so are always the tile's own keys. A slash is a band of whole blocks: the rows of query block b
-see key block b - d (bidirectional: d may be negative). The paper probes the last rows of the whole prompt,
-which a chunk does not have; a tile has its own, so chunked prefill and reused prefixes work. A pair kept by
-both counts once. Where a probed score is not finite, its key head keeps the whole tile.
+``num_verticals`` keys on whose mass the rows agree most, and the ``num_slashes`` block offsets of largest
+mass per computed pair are kept, and so are always the tile's own keys. A slash is a band of whole blocks: the
+rows of query block b see key block b - d (bidirectional: d may be negative). The paper probes the last rows of
+the whole prompt, which a chunk does not have; a tile has its own, so chunked prefill and reused prefixes work.
+A pair kept by both counts once. Where a probed score is not finite, its key head keeps the whole tile.
 
 Decode (a tile of one row) probes the row itself: it reads all keys once, keeps its own largest ones and the
 blocks with most mass beside them, and reads the values of those alone: exact top-k, up to the sharing in a
 group. Cost O(N^2 D probe_rows / query_tile) to choose and O(N D (num_verticals + num_slashes L + query_tile))
 to attend; O(N) memory. Accumulates in fp32, returns q's dtype.
 
-``dropped`` of a row is the softmax mass that the choice left out as the probe saw it: the mean over the probe
-rows of the row's query block and its group's heads. The choice was made on those rows, so it is too small
-where each row looks at keys of its own.
+``dropped`` of a row is the softmax mass left out as the probe saw it, the mean over the probe rows of the
+row's query block and its group's heads. Mass on a chosen key counts as kept as far as the probe rows agree on
+it: beyond that it stands for the keys that unprobed rows have to themselves.
 
 When not to use it: below some thousands of keys, where exact attention costs no more; where what matters
 moves from row to row (then the rows of a tile share nothing that a few columns could hold).
@@ -114,7 +114,7 @@ def _add_sequence(
         group=acc.q.shape[2],
         num_verticals=numbers[0],
         num_slashes=numbers[1],
-        probe_rows=params.probe_rows,
+        probe_rows=min(params.probe_rows, acc.q.shape[-2]),
         scale=acc.call.scale,
     )
     kept = computed = 0

@@ -3,7 +3,8 @@
     skip block b of tile t:   exp(m_ib - m_i) < skip   for every row i of the tile, in all heads of the list
 
 m_ib is row i's largest logit in block b, m_i its largest over the listed blocks and its own keys. Deciding
-costs the products q k^T of every listed block and of the own keys: half of what attending to them would.
+costs the products q k^T of every listed block and of the own keys: 0.53 of what attending to the lists does
+(4x4x64, tile 256, half of 4096 keys, one thread), so skipping pays where more than half of the blocks go.
 """
 
 from __future__ import annotations

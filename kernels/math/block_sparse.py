@@ -45,7 +45,11 @@ core of two fill the cores' second-level caches; with 12 MB the rate fell by 6 %
 MASK_COST = 1.045
 """Time of an element under a mask of one row, over that without: 1.043 to 1.055 for 128 to 768 rows."""
 GATHER_ROWS = 25
-"""Copying a key and its value into the panel takes as long as computing this many rows against it."""
+"""Copying a key and its value into the panel takes as long as computing this many rows against it: 13 where
+the keys are in a cache, 30 to 40 where they are not. With 25 the crossover lies at 0.95 for 256 rows and at
+1.0 for 512, where ``python -m kernels.bench_blocks --sweep --length 4096`` finds it (0.96 and 0.99, one
+thread, 12x12x64); from 600 rows on gathering is cheaper at any share.
+"""
 VIEW_ELEMENTS = 1 << 19
 """A slice with fewer score elements than this is gathered with others: calls cost more than copies there."""
 VIEW_ROWS = 1 << 14

@@ -1,15 +1,16 @@
 """Which single keys and which diagonals of key blocks a tile of queries looks at, told by a few of its rows.
 
     P = softmax(scale * q_p K^T)                     p: probe rows, spread evenly over the tile, and its last
-    vertical_j = sqrt(even_j odd_j)                  even_j: mean of P[p, j] over p in even query blocks
-    slash_d    = mean over p of sum_{j in block b(p) - d, no chosen vertical} P[p, j]
+    P_bj = mean of P[p, j] over p in query block b   b = floor(p / L)
+    vertical_j = sqrt(mean over even b of P_bj * mean over odd b of P_bj)         of every candidate key j
+    rest_bj = max(P_bj - vertical_j, 0) where j is a chosen vertical, else P_bj
+    slash_d = mean over b of sum_{j in block b - d} rest_bj
 
-b(p) = floor(p / L) is a row's query block. Means also run over the query heads of a key head. A key that one
-probe row alone looks at has vertical_j = 0: it says nothing of the rows between, and diagonals are full of
-such keys (where all probe rows lie in query blocks of one kind, as in decode, vertical_j is the mean). slash_d
-runs over those probe rows whose block at offset d is a candidate, so that it is mass per computed pair: an offset that
-only a few query blocks of the tile can use is as dear as its pairs. The verticals are chosen first and do not
-count again for slashes: a heavy column would make a slash of its block.
+Means weigh query blocks by their probe rows, and also run over the query heads of a key head; slash_d runs
+over those b whose block at offset d is a candidate, so it is mass per computed pair: an offset that few query
+blocks of the tile can use costs as little. A key that one probe row alone looks at has vertical_j near 0 and
+counts for the slashes even where it is chosen: it says nothing of other rows, and diagonals are full of such
+keys. Where probe rows lie in query blocks of one kind only, as in decode, vertical_j is the mean over all.
 
 Jiang et al., MInference 1.0 (arXiv 2407.02490), probes the last 64 rows of the whole prompt. A tile of its
 own rows serves chunks and reused prefixes, and rows spread over it tell columns from diagonals at the
@@ -21,8 +22,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -116,8 +119,7 @@ class TileChoice:
     """What the key heads of one tile keep beyond its own keys.
 
     ``columns`` bool [Hk, num_blocks * L], ``slashes`` bool [Hk, nd] over ``TilePlace.offsets``; a head in
-    ``whole`` [Hk] keeps every candidate as a column. ``dropped`` [Hk, nq]: mass left out, the mean over the
-    probe rows of each query block.
+    ``whole`` [Hk] keeps every candidate as a column. ``dropped`` [Hk, nq]: the rest, beyond the slashes.
     """
 
     columns: Tensor
@@ -176,9 +178,12 @@ class Chooser:
             return _everything(place, len(q))
         probe = self._probed(q, place)
         probe.mass[whole | ~probe.finite] = 0.0
-        columns = _most(_verticals(probe), self._num_verticals, place.candidate_keys)
-        probe.mass.masked_fill_(columns[:, None], 0.0)
-        blocks = probe.mass.unflatten(2, (-1, place.block)).sum(-1).masked_fill_(~place.candidates, 0.0)
+        verticals = _verticals(probe)
+        columns = _most(verticals, self._num_verticals, place.candidate_keys)
+        probe.mass.sub_(probe.share[:, None] * (verticals * columns)[:, None]).clamp_(min=0.0)
+        blocks = (
+            torch.unflatten(probe.mass, 2, (-1, place.block)).sum(-1).masked_fill_(~place.candidates, 0.0)
+        )
         slashes = _most(_by_offset(blocks, probe.share, place), self._num_slashes)
         dropped = _left_out(blocks, slashes, probe.share, place)
         whole |= ~probe.finite
@@ -235,9 +240,10 @@ class _Probe:
 def _verticals(probe: _Probe) -> Tensor:
     """[Hk, num_blocks * L]: by turns, query blocks are even and odd."""
     some, others = (probe.mass[:, turn::2].sum(1) for turn in (0, 1))
-    if float(probe.share[0::2].sum()) == 0.0 or float(probe.share[1::2].sum()) == 0.0:
+    some_share, others_share = (float(probe.share[turn::2].sum()) for turn in (0, 1))
+    if some_share == 0.0 or others_share == 0.0:
         return some + others
-    return some.sqrt_().mul_(others.sqrt_())
+    return some.div_(some_share).sqrt_().mul_(others.div_(others_share).sqrt_())
 
 
 def _by_offset(blocks: Tensor, share: Tensor, place: TilePlace) -> Tensor:
@@ -280,11 +286,11 @@ def _most(mass: Tensor, counts: Tensor, allowed: Tensor | None = None) -> Tensor
     return torch.from_numpy(keep)
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def _largest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
     """Where the ``count`` largest are: a partition finds the smallest of them, the lowest of its equals
     fill up."""
     least = np.partition(values, len(values) - count)[len(values) - count]
-    keep = values > least
+    keep: npt.NDArray[np.bool_] = values > least
     equal = np.flatnonzero(values == least)
     keep[equal[: count - int(keep.sum())]] = True
     return keep

@@ -130,7 +130,10 @@ def _merge(rows: TileRows, heads: slice, keys: Tensor, values: Tensor) -> None:
     q, out, lse = rows.q[heads], rows.out[heads], rows.lse[heads]
     part, part_lse = dense_part(q.flatten(1, 2)[None, :, None], keys[None], values[None], rows.scale)
     merge_into(
-        out, lse, part[0, :, 0].unflatten(1, q.shape[1:3]), part_lse[0, :, 0].unflatten(1, q.shape[1:3])
+        out,
+        lse,
+        torch.unflatten(part[0, :, 0], 1, q.shape[1:3]),
+        torch.unflatten(part_lse[0, :, 0], 1, q.shape[1:3]),
     )
 
 
@@ -164,7 +167,7 @@ def _batches(place: TilePlace, choice: TileChoice) -> Iterator[_Batch]:
     num_used = used.sum(-1)
     for blocks, row, height in _heights(place):
         counts = num_used[:, blocks]
-        for count in counts.unique().tolist():
+        for count in sorted(set(counts.flatten().tolist())):
             if count:
                 head, block = (counts == count).nonzero(as_tuple=True)
                 chosen = used[:, blocks][head, block]
@@ -233,7 +236,7 @@ def _without(columns: Tensor, q: Tensor) -> Mask | None:
 def _alike(choice: TileChoice) -> Iterator[Tensor]:
     """Heads with equally many columns, of those that chose."""
     counts = torch.where(choice.whole, 0, choice.columns.sum(-1))
-    for count in counts.unique().tolist():
+    for count in sorted(set(counts.flatten().tolist())):
         if count:
             yield (counts == count).nonzero().flatten()
 

@@ -114,56 +114,78 @@ def _tile_pairs(tile: _Tile, head: int) -> tuple[Tensor, Tensor]:
         keep[:, candidates] = True
         return keep, torch.zeros(len(keep))
     weights = {row: torch.softmax(x, -1).mean(0).tolist() for row, x in logits.items()}
-    verticals = _verticals(tile, weights, candidates, num_verticals)
-    slashes = _slashes(tile, weights, set(candidates), set(verticals), offsets, num_slashes)
+    mass = _vertical_mass(tile, weights, candidates)
+    verticals = sorted(candidates, key=lambda j: (-mass[j], j))[:num_verticals]
+    rest = _rest(tile, weights, candidates, {j: mass[j] for j in verticals})
+    slashes = _slashes(tile, rest, set(candidates), offsets, num_slashes)
     keep[:, verticals] = True
     L, j = tile.sizes.block, torch.tensor(candidates)
     for row, i in enumerate(tile.positions):
         at_slash = torch.isin(i // L - j // L, torch.tensor(sorted(slashes)))
         keep[row, j[at_slash]] = True
-    return keep, _left_out(tile, weights, candidates, keep)
+    return keep, _left_out(tile, rest, slashes)
 
 
-def _verticals(tile: _Tile, weights: dict[int, list[float]], candidates: list[int], count: int) -> list[int]:
-    halves: tuple[list[int], list[int]] = ([], [])
-    for row in weights:
-        halves[tile.positions[row] // tile.sizes.block % 2].append(row)
-    if halves[0] and halves[1]:
-        mass = {
-            j: math.prod(math.sqrt(sum(weights[row][j] for row in h)) for h in halves) for j in candidates
-        }
-    else:
-        mass = {j: sum(w[j] for w in weights.values()) for j in candidates}
-    return sorted(candidates, key=lambda j: (-mass[j], j))[:count]
+Weights = dict[int, list[float]]
+"""Of each probe row, the mean over heads of its softmax."""
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """One query block: how many probe rows it has, and their mean mass of every candidate key, less what the
+    chosen verticals explain."""
+
+    num_probes: int
+    mass: dict[int, float]
+
+
+def _vertical_mass(tile: _Tile, weights: Weights, candidates: list[int]) -> dict[int, float]:
+    halves: tuple[Weights, Weights] = ({}, {})
+    for row, found in weights.items():
+        halves[tile.positions[row] // tile.sizes.block % 2][row] = found
+    if not halves[0] or not halves[1]:
+        return {j: _mean(weights, j) for j in candidates}
+    return {j: math.sqrt(_mean(halves[0], j)) * math.sqrt(_mean(halves[1], j)) for j in candidates}
+
+
+def _mean(weights: Weights, j: int) -> float:
+    return sum(found[j] for found in weights.values()) / len(weights)
+
+
+def _rest(
+    tile: _Tile, weights: Weights, candidates: list[int], explained: dict[int, float]
+) -> dict[int, _Rest]:
+    by_block: dict[int, Weights] = {}
+    for row, found in weights.items():
+        by_block.setdefault(tile.positions[row] // tile.sizes.block, {})[row] = found
+    return {
+        block: _Rest(len(found), {j: max(0.0, _mean(found, j) - explained.get(j, 0.0)) for j in candidates})
+        for block, found in by_block.items()
+    }
 
 
 def _slashes(
-    tile: _Tile,
-    weights: dict[int, list[float]],
-    candidates: set[int],
-    verticals: set[int],
-    offsets: list[int],
-    count: int,
+    tile: _Tile, rest: dict[int, _Rest], candidates: set[int], offsets: list[int], count: int
 ) -> set[int]:
     L = tile.sizes.block
     mass = {}
     for d in offsets:
-        found = []
-        for row, w in weights.items():
-            first = (tile.positions[row] // L - d) * L
-            if first in candidates:
-                found.append(math.fsum(w[j] for j in range(first, first + L) if j not in verticals))
-        mass[d] = math.fsum(found) / len(found) if found else 0.0
+        usable = [(b, one) for b, one in rest.items() if (b - d) * L in candidates]
+        found = [one.num_probes * math.fsum(one.mass[j] for j in _keys(b - d, L)) for b, one in usable]
+        num_probes = sum(one.num_probes for _, one in usable)
+        mass[d] = math.fsum(found) / num_probes if num_probes else 0.0
     return set(sorted(offsets, key=lambda d: (-mass[d], d))[:count])
 
 
-def _left_out(tile: _Tile, weights: dict[int, list[float]], candidates: list[int], keep: Tensor) -> Tensor:
-    """Of each row: the mean over the probe rows of its query block, or of the next one that has any."""
+def _keys(block: int, L: int) -> range:
+    return range(block * L, block * L + L)
+
+
+def _left_out(tile: _Tile, rest: dict[int, _Rest], slashes: set[int]) -> Tensor:
+    """Of each row: the rest beyond the slashes in its query block, or in the next one that was probed."""
     L = tile.sizes.block
-    kept = keep.tolist()
-    lost = {row: math.fsum(w[j] for j in candidates if not kept[row][j]) for row, w in weights.items()}
-    by_block: dict[int, list[float]] = {}
-    for row in lost:
-        by_block.setdefault(tile.positions[row] // L, []).append(lost[row])
-    means = {block: sum(found) / len(found) for block, found in by_block.items()}
-    return torch.tensor([means[min(b for b in means if b >= i // L)] for i in tile.positions])
+    lost = {
+        b: math.fsum(mass for j, mass in one.mass.items() if b - j // L not in slashes)
+        for b, one in rest.items()
+    }
+    return torch.tensor([lost[min(b for b in lost if b >= i // L)] for i in tile.positions])

@@ -60,7 +60,7 @@ def _one_head(
             own = set(range(first, min(first + T, M))) | set(range(M // L * L, M))
             blocks = [b for b in range(M // L) if not first <= b * L < first + T]
         scored = _scores(backend, p, q[:, rows - start], k, rows, sorted(own), blocks, causal, scale)
-        for b in _chosen(p, L, blocks, *scored):
+        for b in _chosen(p, L, blocks, *scored, first=backend == "xattention"):
             mask[rows - start, b * L : b * L + L] = True
         mask[np.ix_(rows - start, sorted(own))] = True
     if causal:
@@ -68,10 +68,14 @@ def _one_head(
     return mask
 
 
-def _chosen(p: dict[str, Any], L: int, blocks: list[int], mass: dict[int, float], own: float) -> list[int]:
-    """Largest first; what is not finite before everything; ties to the lower block."""
+def _chosen(
+    p: dict[str, Any], L: int, blocks: list[int], mass: dict[int, float], own: float, *, first: bool
+) -> list[int]:
+    """Largest first; what is not finite before everything; ties to the lower block. ``first``: block 0 before
+    all that is finite, and under mass always."""
     broken = [b for b in blocks if not math.isfinite(mass[b])]
-    order = broken + sorted((b for b in blocks if b not in broken), key=lambda b: (-mass[b], b))
+    sound = (b for b in blocks if b not in broken)
+    order = broken + sorted(sound, key=lambda b: (not (first and b == 0), -mass[b], b))
     wanted = p.get("mass")
     if wanted is None:
         return order[: p.get("budget", 1024) // L]
@@ -79,7 +83,7 @@ def _chosen(p: dict[str, Any], L: int, blocks: list[int], mass: dict[int, float]
         return order
     kept, chosen = own, []
     for b in order:
-        if kept >= wanted * (own + sum(mass.values())):
+        if kept >= wanted * (own + sum(mass.values())) and not (first and b == 0):
             break
         chosen.append(b)
         kept += mass[b]

@@ -111,7 +111,7 @@ def test_a_planted_diagonal_is_found_ahead_of_the_columns(distance: int) -> None
     common: dict[str, Any] = {"scale": 40.0}
     got = run(q, k, v, False, params={"query_tile": 256, "num_verticals": 200, "num_slashes": 1}, **common)
     want = attend(q, k, v, backend="exact", causal=False, **common)
-    there = slice(max(0, distance) * L, N + min(0, distance) * L)
+    there = slice(512, 768)  # a tile whose rows all have the distance, none beyond an end
     assert got.dropped is not None and float(got.dropped[..., there].mean()) < 0.05
     close = (got.out - want.out)[:, :, there].norm() / want.out[:, :, there].norm()
     assert float(close) < 0.1

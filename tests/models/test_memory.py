@@ -55,12 +55,16 @@ def in_fresh_process(*arguments: str) -> dict[str, int]:
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the high-water mark is read from Linux's /proc"
 )
-@pytest.mark.parametrize(("kind", "want"), [("llama", "nothing"), ("llama", "scores"), ("bert", "hidden")])
-def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "want", "most"),
+    [("llama", "nothing", 1.35), ("llama", "scores", 1.35), ("bert", "hidden", 1.75)],
+)
+def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str, most: float) -> None:
+    """An encoder's estimate covers what the heap adds at its worst: between 1.1 and 1.9 from run to run."""
     found = in_fresh_process(kind, "4096", want, "exact", "{}")
     if found["measured"] is None:
         pytest.skip("the high-water mark cannot be reset here")
-    assert 0.65 < found["estimated"] / found["measured"] < 1.35, found
+    assert 0.65 < found["estimated"] / found["measured"] < most, found
 
 
 @pytest.mark.skipif(

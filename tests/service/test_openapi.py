@@ -53,7 +53,7 @@ def test_every_backend_is_documented_with_its_bounds(api: dict[str, Any]) -> Non
     for request in ("EncodeRequest", "GenerateRequest", "ScoreRequest", "EmbeddingsRequest", "ChatRequest"):
         told = json.dumps(schemas[request]["properties"]["attention"])
         for name in BACKENDS:
-            assert f'"{name}": "#/components/schemas/{name.capitalize()}Attention"' in told
+            assert f'"{name}": "#/components/schemas/{name.title().replace("_", "")}Attention"' in told
     params = schemas["WindowAttention"]["properties"]["params"]
     window = schemas[params["$ref"].rsplit("/", 1)[1]] if "$ref" in params else params
     assert window["properties"]["window"]["maximum"] == 65536
