@@ -17,6 +17,7 @@ BACKENDS: dict[str, str] = {
     "random": "kernels.attention.random",
     "bigbird": "kernels.attention.bigbird",
     "xattention": "kernels.attention.xattention",
+    "pooled": "kernels.attention.pooled",
     "topk": "kernels.attention.topk",
     "pages": "kernels.attention.pages",
     "vertical_slash": "kernels.attention.vertical_slash",

@@ -7,10 +7,11 @@ Jiang et al., "MInference 1.0: accelerating pre-filling for long-context LLMs vi
 (arXiv 2407.02490), section 3. Here, per key head and per query tile of ``query_tile`` rows: ``probe_rows``
 rows spread over the tile are probed exactly (``kernels.math.vertical_slash`` has the equations), the
 ``num_verticals`` keys on whose mass the rows agree most, and the ``num_slashes`` block offsets of largest
-mass per computed pair are kept, and so are always the tile's own keys. A slash is a band of whole blocks: the
-rows of query block b see key block b - d (bidirectional: d may be negative). The paper probes the last rows of
-the whole prompt, which a chunk does not have; a tile has its own, so chunked prefill and reused prefixes work.
-A pair kept by both counts once. Where a probed score is not finite, its key head keeps the whole tile.
+mass per computed pair are kept, and so are always the tile's own keys. A slash is a band of whole blocks:
+the rows of query block b see key block b - d (bidirectional: d may be negative). The paper probes the last
+rows of the whole prompt, which a chunk does not have; a tile has its own, so chunked prefill and reused
+prefixes work. A pair kept by both counts once. Where a probed score is not finite, its key head keeps the
+whole tile.
 
 Decode (a tile of one row) probes the row itself: it reads all keys once, keeps its own largest ones and the
 blocks with most mass beside them, and reads the values of those alone: exact top-k, up to the sharing in a

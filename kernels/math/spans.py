@@ -7,7 +7,7 @@ of a tile see form a panel without a mask, and the ragged edges carry a small ma
 masked panel. Panels are views, and neighbouring tiles of equal shape run as one batch over overlapping views:
 few large calls, which matters most where other work competes for the cores. Low tiles compute little beyond
 what they keep, and stay fast as long as neighbours find each other's keys in the cache; so tiles follow each
-other head by head. Only rows whose spans slide need low tiles: elsewhere they are joined. Cost: O(N (width +
+other head by head. Only rows whose band slides need low tiles: at its ends they are joined. Cost: O(N (width +
 tile height)) score elements; memory O(N).
 
 A span may run over every ``step``-th key from ``first`` (summary columns): lo and hi then count in that
@@ -131,7 +131,8 @@ class SpanPlan:
 @dataclass(frozen=True)
 class SpanPattern:
     """A pattern as spans: ``spans(rows, num_keys)`` of int64 positions; rows in ``cuts`` begin a new tile.
-    ``tile``: rows per tile, or a function of how many heads share keys."""
+    ``tile``: rows per tile; a function of how many heads share keys for bands, which slide but for their ends:
+    there tiles are joined."""
 
     key: Hashable
     spans: Callable[[Ints, int], Sequence[Span]]
@@ -185,8 +186,8 @@ def _add_row(acc: Accumulator, plan: SpanPlan) -> None:
 
 
 def _head_turns(acc: Accumulator, part: Part) -> list[slice]:
-    """Key heads that run in one call. Overlapping panels of shared heads, and of keys that must be copied, take
-    one at a time: a copy then is small, and neighbouring tiles meet their keys in the cache."""
+    """Key heads that run in one call. Overlapping panels of shared heads, and of keys that must be copied,
+    take one at a time: a copy then is small, and neighbouring tiles meet their keys in the cache."""
     num_heads, group = acc.q.shape[1:3]
     if part.overlaps and (group > 1 or _scattered(acc)):
         return [slice(h, h + 1) for h in range(num_heads)]
@@ -284,17 +285,20 @@ def _plan(pattern: SpanPattern, start: int, num_rows: int, num_keys: int, target
     for span in spans:
         by_height.setdefault(span.tile or height, []).append(span)
     cuts = [cut - start for cut in pattern.cuts]
-    parts = [_part(own, rows, tile, cuts, target) for tile, own in by_height.items()]
+    join = not isinstance(pattern.tile, int)
+    parts = [_part(own, rows, tile, cuts, join, target) for tile, own in by_height.items()]
     return SpanPlan(tuple(parts), masked=_masked_range(parts))
 
 
-def _part(spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int], target: _Target) -> Part:
+def _part(
+    spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int], join: bool, target: _Target
+) -> Part:
     tiles: list[Tile] = []
     computed = 0
-    for r0, r1 in _tile_rows(spans, rows, height, cuts):
+    for r0, r1 in _tile_rows(spans, rows, height, cuts, join):
         pieces = [piece for span in spans for piece in _pieces(span, rows, r0, r1)]
         slides = any(_slides(span, r0, r1) for span in spans)
-        joined = slides and _joined(r1 - r0, target)
+        joined = join and slides and _joined(r1 - r0, target)
         tiles.append(Tile(r0, r1 - r0, 1, tuple(_panel(p, target, joined) for p in pieces), joined))
         computed += sum(computed_elements(r1 - r0, p.b - p.a, p.causal and not joined) for p in pieces)
     return Part(tuple(_batched(tiles)), sum(_num_kept(span, rows) for span in spans), computed)
@@ -366,15 +370,15 @@ def _series(span: Span, a: int, b: int) -> slice:
 
 
 def _tile_rows(
-    spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int]
+    spans: Sequence[Span], rows: Ints, height: int, cuts: Sequence[int], join: bool
 ) -> Iterator[tuple[int, int]]:
-    """Tiles at absolute multiples of ``height``; neighbours none of which slides are joined."""
+    """Tiles at absolute multiples of ``height``; neighbours that do not slide may be joined."""
     start, num_rows = int(rows[0]), len(rows)
     cells = range(start // height * height - start, num_rows, height)
     borders = sorted({0, num_rows, *(x for x in (*cells, *cuts) if 0 < x < num_rows)})
     pending: tuple[int, int] | None = None
     for r0, r1 in zip(borders[:-1], borders[1:], strict=True):
-        slides = any(_slides(span, r0, r1) for span in spans)
+        slides = not join or any(_slides(span, r0, r1) for span in spans)
         if pending is not None:
             same_cell = (start + pending[0]) // _JOINED_ROWS == (start + r0) // _JOINED_ROWS
             if not slides and same_cell and r0 not in cuts:
