@@ -87,6 +87,7 @@ LADDERS: dict[str, Settings] = {
         {"mass": 0.9, REMAINDER: "mean"},
         {"mass": 1.0, "skip": 0.001},
     ),
+    "pooled": _both_remainders((*_each("budget", BUDGETS), {"mass": 0.9})),
     "topk": (*_both_remainders(_each("budget", (256, 1024))), {"budget": 2048}),
     "pages": _both_remainders(_each("budget", BUDGETS)),
     "vertical_slash": (
@@ -108,6 +109,7 @@ LONG: dict[str, Settings] = {
         {"budget": 2048},
         {"mass": 1.0, "skip": 0.001},
     ),
+    "pooled": (*_both_remainders(_each("budget", (1024,))), {"budget": 2048}),
     "topk": _each("budget", (1024,)),
     "pages": (*_both_remainders(_each("budget", (1024,))), {"budget": 2048}),
     "vertical_slash": ({}, {"num_verticals": 1024, "num_slashes": 16}),

@@ -4,7 +4,9 @@
     score of page b for a tile = mean over its rows and its group's heads of softmax_b(u_i)
 
 kmax, kmin: coordinate-wise greatest and least key of the page, a block of ``block_size`` keys. For one row
-this is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always.
+this is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always, and
+the first page is chosen before all others: many models rest most of a row's mass on the first token, and over
+a whole tile bounds lose it now and then.
 Cost O(N^2 / block_size + N budget) time, O(N) memory. A decode step reads 2 / block_size of K for the bounds,
 half as much again for the means of what it leaves out (both are kept from step to step), and the keys that it
 keeps. Accumulates in fp32, returns q's dtype.
@@ -58,11 +60,16 @@ def _score(one: OneSequence, params: PagesParams) -> BlockScores:
             own = None if one.call.causal else ~candidates[tile, :width].to(bounds.device)
             upper = _upper_bounds(one.q[:, :, tiles.rows(tile)], bounds[:, :width], one.call.scale)
             mass[:, tile, :width] = _mean_softmax(upper, own)
-    return BlockScores(mass.cpu())
+    return BlockScores(_first_page_first(mass).cpu())
 
 
 def _score_row(q: Tensor, known: Summary, scale: float) -> Tensor:
-    return _mean_softmax(_upper_bounds(q, known.bounds, scale))
+    return _first_page_first(_mean_softmax(_upper_bounds(q, known.bounds, scale)))
+
+
+def _first_page_first(mass: Tensor) -> Tensor:
+    mass[..., :1] = math.inf
+    return mass
 
 
 def _upper_bounds(q: Tensor, bounds: Tensor, scale: float) -> Tensor:
@@ -105,6 +112,8 @@ def _score_slowly(one: OneSequence, params: PagesParams) -> BlockScores:
                     torch.stack([u for u, bad in zip(upper, broken, strict=True) if not bad], -1), -1
                 )
                 mass[head, tile, sound] = weights.sum((0, 1)) / (group * rows.shape[1])
+            if 0 in pages:
+                mass[head, tile, 0] = math.inf
     return BlockScores(mass)
 
 

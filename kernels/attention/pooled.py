@@ -51,7 +51,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call) -> AttentionResult:
-    return selected_attention(q, k, v, params, call, _scores)
+    return selected_attention(q, k, v, params, call, _scores, knows_every_logit=q.shape[2] == 1)
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call) -> BlockLists:

@@ -82,42 +82,41 @@ def _at_once(group_bytes: int, pool_rows: int, causal: bool) -> int:
     return min(most, CAUSAL_ROWS // pool_rows) if causal else most
 
 
-def _add_run(
-    one: OneSequence, groups: QueryTiles, head: int, keys: Tensor, run: range, sums: Tensor
-) -> None:
+def _add_run(one: OneSequence, groups: QueryTiles, head: int, keys: Tensor, run: range, sums: Tensor) -> None:
     """Add what the groups give each block to the sums of their tiles, [num_tiles, blocks]."""
     means = _mean_rows(one.q[head], groups, run).mul_(one.call.scale)
     seen = groups.start + groups.borders[run.stop] if groups.causal else len(keys)
     logits = (means.flatten(0, 1) @ keys[:seen].mT).view(*means.shape[:2], seen)
-    weights, broken = _softmax(logits, _later_keys(groups, run, seen, logits.device))
+    weights, broken = _softmax(logits, _later_keys(groups, run, seen, logits.device))  # [groups, G, seen]
     for tile, members in groupby(run, lambda g: _tile_of(groups, one.tiles, g)):
         mine = [g - run.start for g in members]
         of_tile = slice(mine[0], mine[-1] + 1)
-        shares = weights[:, of_tile].sum((0, 1))
+        shares = weights[of_tile].flatten(0, 1).sum(0)
         if broken is not None:
-            shares.masked_fill_(broken[:, of_tile].flatten(0, 1).any(0), math.nan)
+            shares.masked_fill_(broken[of_tile].flatten(0, 1).any(0), math.nan)
         blocks = _by_block(shares, one.tiles.block)
         sums[tile, : len(blocks)] += blocks
 
 
 def _mean_rows(q: Tensor, groups: QueryTiles, run: range) -> Tensor:
-    """q [G, N, D] -> the mean of the rows that each group has, [G, groups, D]."""
+    """q [G, N, D] -> the mean of the rows that each group has, [groups, G, D]: the rows of a tile's
+    logits then lie together, and their sum is one pass."""
     begin, stop = groups.borders[run.start], groups.borders[run.stop]
     before, after = (groups.start + begin) % groups.height, -(groups.start + stop) % groups.height
     rows = q[:, begin:stop]
     if before or after:
         rows = F.pad(rows, (0, 0, before, after))
     heights = torch.tensor(groups.borders[run.start : run.stop + 1]).diff()
-    return rows.unflatten(1, (-1, groups.height)).sum(2).div_(heights[:, None].to(rows))
+    return rows.unflatten(1, (-1, groups.height)).sum(2).div_(heights[:, None].to(rows)).transpose(0, 1)
 
 
 def _later_keys(groups: QueryTiles, run: range, seen: int, device: torch.device) -> Tensor | None:
-    """Which of the last keys each group may not see: bool [groups, as many as the first group may not]."""
+    """Which of the last keys each group may not see: bool [groups, 1, as many as the first group may not]."""
     if not groups.causal:
         return None
     stops = groups.start + torch.tensor(groups.borders[run.start + 1 : run.stop + 1], device=device)
     first = groups.start + groups.borders[run.start + 1]
-    return torch.arange(first, seen, device=device) >= stops[:, None]
+    return torch.arange(first, seen, device=device) >= stops[:, None, None]
 
 
 def _softmax(logits: Tensor, later: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.block_lists import BlockLists, lists_from_table
 from kernels.math.block_sparse import add_block_lists
 from kernels.math.query_tiles import QueryTiles, query_tiles
-from kernels.math.remainder import add_left_out
+from kernels.math.remainder import OwnPart, add_left_out
 from kernels.math.selection import BlockScores, Keep, TileParams, choose
 from kernels.math.spans import add_spans, plan_for
 from kernels.math.summaries import BlockSummaries, Summary
@@ -74,8 +74,9 @@ def selected_attention(
         one = _sequence(acc, b, tiles)
         must_score = knows_every_logit and params.skip > 0
         chosen, scores = _timed_choice(acc, one, params, keep, score, must_score)
+        own = OwnPart(acc.out[b].clone(), acc.lse[b].clone()) if params.remainder == "gated" else None
         listed = add_block_lists(acc, b, chosen, skip=params.skip, own=tiles)
-        dropped[b] = _left_out(acc, b, one, listed, params, scores)
+        dropped[b] = _left_out(acc, b, one, listed, params, scores, own)
     return result(acc, q, began, dropped=dropped)
 
 
@@ -123,16 +124,17 @@ def _left_out(
     listed: BlockLists,
     params: TileParams,
     scores: BlockScores | None,
+    own: OwnPart | None,
 ) -> Tensor:
     """Merge the blocks that are not listed, if the params say so; their share of the mass [Hk, G, N]."""
     if not _leaves_out(one.tiles, listed):
         return torch.zeros_like(acc.lse[b])
-    merge = params.remainder == "mean"
+    merge = params.remainder != "none"
     if scores is None or scores.lse is None:
-        return add_left_out(acc, b, one.tiles, listed, one.summary, merge=merge)
+        return add_left_out(acc, b, one.tiles, listed, one.summary, merge=merge, own=own)
     dropped = exact_dropped(acc.lse[b], scores.lse)
     if merge:
-        add_left_out(acc, b, one.tiles, listed, one.summary, merge=True)
+        add_left_out(acc, b, one.tiles, listed, one.summary, merge=True, own=own)
     return dropped
 
 

@@ -1,7 +1,8 @@
 """Attention over chosen key blocks, written out: the specification of every backend that chooses them.
 
     A_i = own keys of i  ∪  blocks chosen for i's tile and key head, less those that ``skip`` passes over
-    out_i = sum_{j in A_i} w_ij v_j + sum_{b left out} w_ib vmean_b        (the second sum: remainder "mean")
+    out_i = sum_{j in A_i} w_ij v_j + sum_{b left out} w_ib vmean_b        (the second sum: remainder "mean";
+                                                                        "gated": kernels.math.remainder)
     w_ij ~ e^(scale <q_i, k_j>),   w_ib ~ L e^(scale <q_i, kmean_b>)
 
 Every logit of a call exists at once; loops over tiles and blocks. Only the choice from the scores is shared
@@ -82,7 +83,10 @@ def _one_sequence(
     )
     made = replace(made, dropped=dropped.nan_to_num(nan=0.0)[None].float())
     made = replace(made, stats=replace(made.stats, selection_ms=spent_ms))
-    return _with_means(made, kept, one, v, group) if params.remainder == "mean" else made
+    if params.remainder == "none":
+        return made
+    whole = _with_means(made, kept, one, v, group)
+    return whole if params.remainder == "mean" else _gated(made, whole, logits, chosen, one, v, group)
 
 
 def _chosen(one: OneSequence, params: P, score: Score[P]) -> Tensor:
@@ -167,3 +171,55 @@ def _with_means(
     both = torch.cat([values, vmean], 1).repeat_interleave(group, 0)
     out = torch.softmax(logits, -1) @ both
     return replace(made, out=out[None].to(v.dtype), lse=torch.logsumexp(logits, -1)[None].float())
+
+
+def _gated(
+    made: AttentionResult,
+    whole: AttentionResult,
+    logits: Tensor,
+    chosen: Tensor,
+    one: OneSequence,
+    v: Tensor,
+    group: int,
+) -> AttentionResult:
+    """What the means move, ``whole`` - ``made``, times the gate of each tile and query head."""
+    plain, moved = made.out[0].to(one.q.dtype), whole.out[0].to(one.q.dtype)
+    out = plain.clone()
+    for head in range(len(plain)):
+        values = v[0, head // group].to(one.q.dtype)
+        for tile in range(one.tiles.num_tiles):
+            rows, blocks = one.tiles.rows(tile), chosen[head // group, tile].nonzero()[:, 0].tolist()
+            slope = _slope(one, logits[head, rows], values, head, rows, blocks) if blocks else 1.0
+            out[head, rows] += min(max(slope, 0.0), 1.0) ** 2 * (moved[head, rows] - plain[head, rows])
+    return replace(whole, out=out[None].to(made.out.dtype))
+
+
+def _slope(
+    one: OneSequence, logits: Tensor, values: Tensor, head: int, rows: slice, blocks: list[int]
+) -> float:
+    """Least squares of c - o on m' - o over the rows of one tile and query head, weighted by c's share;
+    ``logits`` [R, M] of the visible pairs."""
+    L, group = one.tiles.block, one.q.shape[1]
+    q = one.q[head // group, head % group, rows]
+    pieces = [slice(b * L, (b + 1) * L) for b in blocks]
+    listed, candidate = (
+        torch.zeros(logits.shape[1], dtype=torch.bool),
+        torch.zeros(logits.shape[1], dtype=torch.bool),
+    )
+    candidate[: one.tiles.num_blocks * L] = one.tiles.candidates()[_tile_of(one, rows)].repeat_interleave(L)
+    for piece in pieces:
+        listed[piece] = True
+    by_block, by_own = (logits.masked_fill(~x, -math.inf) for x in (listed, ~candidate))
+    keys = torch.stack([one.k[head // group, piece].to(q.dtype).mean(0) for piece in pieces])
+    means = torch.stack([values[piece].mean(0) for piece in pieces])
+    predicted = torch.softmax(one.call.scale * q @ keys.mT, -1) @ means
+    from_chosen, from_own = (torch.softmax(x, -1) @ values for x in (by_block, by_own))
+    share = torch.sigmoid(torch.logsumexp(by_block, -1) - torch.logsumexp(by_own, -1))[:, None]
+    fit = share * (predicted - from_own) * (from_chosen - from_own)
+    size = share * (predicted - from_own).square()
+    sane = torch.isfinite(fit.sum(-1)) & torch.isfinite(size.sum(-1))
+    return float(fit[sane].sum() / size[sane].sum()) if float(size[sane].sum()) > 0 else 1.0
+
+
+def _tile_of(one: OneSequence, rows: slice) -> int:
+    return one.tiles.borders.index(rows.start)

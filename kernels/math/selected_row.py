@@ -1,7 +1,7 @@
 """One query row over its own keys and chosen key blocks: a decode step, in one softmax.
 
     p = softmax of [scale q K_own^T | scale q K_chosen^T | log L + scale q kmean_left^T]
-    out = p [V_own; V_chosen; vmean_left]
+    out = p [V_own; V_chosen; vmean_left]        (gated: see ``kernels.math.remainder``)
 
 The third part only where the params ask for a remainder. Reads the keys of the own tile and of the chosen
 blocks and, of all others, what their summaries say: the same mathematics as ``kernels.math.selected`` without
@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Call, Stats
 from kernels.math.decode import softmax_lse
 from kernels.math.dense import accumulator_dtype, grouped
+from kernels.math.remainder import gate
 from kernels.math.selection import TileParams
 from kernels.math.summaries import BlockSummaries, Summary
 
@@ -94,7 +95,9 @@ def _attend(
     keys, values = (gather_blocks(x, chosen, known.block).to(q.dtype) for x in (k, v))
     scores = [torch.bmm(q, k[:, own].to(q.dtype).mT), torch.bmm(q, keys.mT)]
     left_out = torch.bmm(q, known.kmean.mT).add_(math.log(known.block))
-    left_out.scatter_(-1, chosen[:, None].expand(-1, q.shape[1], -1), -math.inf)
+    listed = chosen[:, None].expand(-1, q.shape[1], -1)
+    of_chosen = torch.full_like(left_out, -math.inf).scatter_(-1, listed, left_out.gather(-1, listed))
+    left_out.scatter_(-1, listed, -math.inf)
     if params.remainder == "mean":
         scores.append(left_out)
     weights, lse = softmax_lse(torch.cat(scores, -1))
@@ -103,10 +106,21 @@ def _attend(
     out.baddbmm_(parts[1], values)
     if params.remainder == "mean":
         out.baddbmm_(parts[2], known.vmean)
-        dropped = parts[2].sum(-1)
-    else:
-        dropped = torch.sigmoid(torch.logsumexp(left_out, -1) - lse)
-    return out, lse, dropped.nan_to_num(nan=0.0)
+        return out, lse, parts[2].sum(-1).nan_to_num(nan=0.0)
+    lse_left_out = torch.logsumexp(left_out, -1)
+    dropped = torch.sigmoid(lse_left_out - lse).nan_to_num(nan=0.0)
+    if params.remainder == "gated":
+        predicted = _over_means(of_chosen, known) if chosen.shape[1] else out
+        only_own = torch.bmm(torch.softmax(scores[0], -1), v[:, own].to(q.dtype))
+        rows = (x.unsqueeze(-2) for x in (predicted, only_own, out))
+        g = gate(*rows, parts[1].sum(-1, keepdim=True))[..., 0]
+        out = torch.lerp(out, _over_means(left_out, known), dropped.unsqueeze(-1) * g)
+        lse = torch.logaddexp(lse, lse_left_out)
+    return out, lse, dropped
+
+
+def _over_means(logits: Tensor, known: Summary) -> Tensor:
+    return torch.bmm(torch.softmax(logits, -1), known.vmean)
 
 
 def gather_blocks(x: Tensor, blocks: Tensor, L: int) -> Tensor:

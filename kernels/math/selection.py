@@ -127,9 +127,10 @@ class TileParams(Params):
         default=256, description="Rows, at absolute multiples, that share one choice of key blocks."
     )
     block_size: Literal[32, 64, 128] = Field(default=64, description="Keys that are chosen together.")
-    remainder: Literal["none", "mean"] = Field(
+    remainder: Literal["none", "mean", "gated"] = Field(
         default="none",
-        description="What becomes of the blocks left out: nothing, or each counts as its mean key and value.",
+        description="What becomes of the blocks left out: nothing; each counts as its mean key and value; or "
+        "so, as far as means would have predicted the blocks that were chosen (gated).",
     )
     skip: float = Field(
         default=0.0,

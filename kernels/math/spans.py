@@ -7,8 +7,8 @@ of a tile see form a panel without a mask, and the ragged edges carry a small ma
 masked panel. Panels are views, and neighbouring tiles of equal shape run as one batch over overlapping views:
 few large calls, which matters most where other work competes for the cores. Low tiles compute little beyond
 what they keep, and stay fast as long as neighbours find each other's keys in the cache; so tiles follow each
-other head by head. Only rows whose band slides need low tiles: at its ends they are joined. Cost: O(N (width +
-tile height)) score elements; memory O(N).
+other head by head. Only rows whose band slides need low tiles: at its ends they are joined. Cost: O(N (width
++ tile height)) score elements; memory O(N).
 
 A span may run over every ``step``-th key from ``first`` (summary columns): lo and hi then count in that
 series.
@@ -131,8 +131,8 @@ class SpanPlan:
 @dataclass(frozen=True)
 class SpanPattern:
     """A pattern as spans: ``spans(rows, num_keys)`` of int64 positions; rows in ``cuts`` begin a new tile.
-    ``tile``: rows per tile; a function of how many heads share keys for bands, which slide but for their ends:
-    there tiles are joined."""
+    ``tile``: rows per tile; for bands, which slide but for their ends, a function of how many heads share
+    keys: at the ends tiles are joined."""
 
     key: Hashable
     spans: Callable[[Ints, int], Sequence[Span]]

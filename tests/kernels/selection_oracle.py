@@ -14,7 +14,7 @@ import torch
 
 from kernels import attend
 
-SELECTING = ("xattention", "topk", "pages", "vertical_slash")
+SELECTING = ("xattention", "pooled", "topk", "pages", "vertical_slash")
 
 
 def selection_mask(
@@ -60,7 +60,7 @@ def _one_head(
             own = set(range(first, min(first + T, M))) | set(range(M // L * L, M))
             blocks = [b for b in range(M // L) if not first <= b * L < first + T]
         scored = _scores(backend, p, q[:, rows - start], k, rows, sorted(own), blocks, causal, scale)
-        for b in _chosen(p, L, blocks, *scored, first=backend == "xattention"):
+        for b in _chosen(p, L, blocks, *scored, first=backend in ("xattention", "pages")):
             mask[rows - start, b * L : b * L + L] = True
         mask[np.ix_(rows - start, sorted(own))] = True
     if causal:
@@ -119,6 +119,8 @@ def _scores(
         bounds = np.stack([_page_bounds(q, k[b * L : b * L + L], scale) for b in blocks], -1)
         weights = _softmax(bounds).mean((0, 1))
         return dict(zip(blocks, weights.tolist(), strict=True)), 0.0
+    if backend == "pooled":
+        return _mean_query(p, q, k, rows, blocks, causal, scale)
     assert backend == "xattention", f"{backend} has no oracle: add one"
     return _antidiagonal(p, q, k, rows, own, blocks, causal, scale)
 
@@ -163,6 +165,27 @@ def _antidiagonal(
                 else:
                     mine += weights[c]
     return mass, mine
+
+
+def _mean_query(
+    p: dict[str, Any],
+    q: np.ndarray,
+    k: np.ndarray,
+    rows: np.ndarray,
+    blocks: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[dict[int, float], float]:
+    L, R = p.get("block_size", 64), p.get("pool_rows", 64)
+    groups = [rows[rows // R == g] for g in np.unique(rows // R)]
+    weights = np.zeros(len(k))
+    for members in groups:
+        means = q[:, members - rows[0]].mean(1)
+        seen = np.arange(len(k)) <= (members[-1] if causal else len(k))
+        weights += _softmax(np.where(seen, means @ k.T * scale, -np.inf)).mean(0) / len(groups)
+    mass = {b: float(weights[b * L : b * L + L].sum()) for b in blocks}
+    chosen_from = np.isin(np.arange(len(k)) // L, blocks)
+    return mass, float(weights[~chosen_from].sum())
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

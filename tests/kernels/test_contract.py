@@ -337,6 +337,8 @@ WIDE: list[Case] = [
     ("bigbird", {"window": 65536}),
     ("xattention", {"mass": 1.0, "query_tile": 128}),
     ("xattention", {"budget": 4096, "query_tile": 128}),
+    ("pooled", {"mass": 1.0, "query_tile": 128}),
+    ("pooled", {"budget": 4096, "query_tile": 128}),
     ("topk", {"mass": 1.0, "query_tile": 128}),
     ("pages", {"budget": 4096, "query_tile": 128}),
     ("vertical_slash", {"query_tile": 256, "num_verticals": 4096}),

@@ -34,7 +34,7 @@ def close(a: AttentionResult, b: AttentionResult, atol: float = 3e-6) -> None:
     assert a.stats.pairs_kept == b.stats.pairs_kept and a.stats.pairs_exact == b.stats.pairs_exact
 
 
-@pytest.mark.parametrize("remainder", ["none", "mean"])
+@pytest.mark.parametrize("remainder", ["none", "mean", "gated"])
 @pytest.mark.parametrize(
     ("heads", "N", "M", "causal", "scale", "extra"),
     [
@@ -98,7 +98,7 @@ def test_one_row_keeps_the_pages_that_quests_rule_keeps() -> None:
         assert found == [sorted(blocks) for blocks in chosen_blocks(q, k, 0.3, 5, 640 // L)]
 
 
-@pytest.mark.parametrize("remainder", ["none", "mean"])
+@pytest.mark.parametrize("remainder", ["none", "mean", "gated"])
 @pytest.mark.parametrize(("H", "Hk"), [(3, 3), (4, 2)])
 def test_a_decode_step_reads_its_own_keys_the_chosen_pages_and_nothing_else(
     H: int, Hk: int, remainder: str
@@ -148,7 +148,7 @@ def test_a_budget_beyond_what_there_is_keeps_everything_and_equals_exact() -> No
         assert found.stats.density == 1 and found.stats.dropped_mass == 0
 
 
-@pytest.mark.parametrize("remainder", ["none", "mean"])
+@pytest.mark.parametrize("remainder", ["none", "mean", "gated"])
 def test_a_result_does_not_depend_on_what_is_kept_beside_the_cache(remainder: str) -> None:
     """Chunk by chunk, then step by step, with the summaries kept and with none."""
     q, k, v = make(4, 2, 420, 420)

@@ -55,7 +55,7 @@ def clustered(seed: int, heads: tuple[int, int], N: int, D: int, topics: int = 6
 def draw_params(backend: str, rng: random.Random) -> dict[str, Any]:
     L = rng.choice([32, 64, 128])
     params: dict[str, Any] = {"query_tile": rng.choice([128, 256, 512]), "block_size": L}
-    params["remainder"] = rng.choice(["none", "mean"])
+    params["remainder"] = rng.choice(["none", "mean", "gated"])
     params["skip"] = rng.choice([0.0, 0.0, 0.02, 0.3])
     if backend == "xattention":
         params["stride"] = rng.choice([4, 8, 16, 32])
@@ -230,7 +230,13 @@ def test_topk_tells_exactly_what_it_dropped() -> None:
     q, k, v = clustered(0, (4, 2), 1024, 32)
     common: dict[str, Any] = {"causal": True, "scale": scale_of(q)}
     exact = attend(q, k, v, backend="exact", **common)
-    for extra in ({}, {"skip": 0.3}, {"remainder": "mean"}, {"budget": 1024, "skip": 0.3}):
+    for extra in (
+        {},
+        {"skip": 0.3},
+        {"remainder": "mean"},
+        {"remainder": "gated"},
+        {"budget": 1024, "skip": 0.3},
+    ):
         params = {"budget": 128, **extra}
         got = attend(q, k, v, backend="topk", params=params, **common)
         kept = attend(q, k, v, backend="topk", params={**params, "remainder": "none"}, **common)
@@ -441,7 +447,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mass": [0.5, "0.5"]}, "mass[1] must be a number above 0 and at most 1"),
     ({"query_tile": 64}, "query_tile: Input should be 128, 256 or 512"),
     ({"block_size": 16}, "block_size: Input should be 32, 64 or 128"),
-    ({"remainder": "all"}, "remainder: Input should be 'none' or 'mean'"),
+    ({"remainder": "all"}, "remainder: Input should be 'none', 'mean' or 'gated'"),
     ({"skip": 1}, "skip: Input should be less than 1"),
     ({"skip": -0.1}, "skip: Input should be greater than or equal to 0"),
     ({"keys": 3}, "keys: no such parameter"),
@@ -499,3 +505,36 @@ def test_params_survive_json_and_serve_as_keys(backend: str) -> None:
             jsonschema.validate(bad, schema)
     defaults = describe(backend)["defaults"]
     assert defaults["budget"] == 1024 and defaults["mass"] is None
+
+
+def test_a_gate_takes_back_the_harm_that_means_do_where_contents_stand_everywhere() -> None:
+    """Every query looks for one content that stands once in every block: what is kept tells the truth, means
+    of the blocks do not. Where keys of a block are alike, the gate stays open."""
+    errors = {}
+    for kind in ("scattered", "alike"):
+        for remainder in ("none", "mean", "gated"):
+            q, k, v = _scattered() if kind == "scattered" else _alike()
+            common: dict[str, Any] = {"causal": True, "scale": scale_of(q)}
+            want = attend(q, k, v, backend="exact", **common).out
+            params = {"query_tile": 128, "block_size": 32, "budget": 128, "remainder": remainder}
+            got = attend(q, k, v, backend="xattention", params=params, **common).out
+            errors[kind, remainder] = float((got - want).norm() / want.norm())
+    assert errors["scattered", "none"] < 0.8 * errors["scattered", "mean"], errors
+    assert errors["scattered", "gated"] < 1.05 * errors["scattered", "none"], errors
+    assert errors["alike", "gated"] < 0.7 * errors["alike", "none"], errors
+
+
+def _scattered() -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = make_inputs(1, (2, 1), 1024, 1024, 32, seed=1)
+    content = torch.zeros(32).index_fill_(0, torch.tensor([0]), 1.0)
+    q = 0.3 * q + 6.0 * content
+    k[:, :, ::32] += 4.0 * content
+    v[:, :, ::32] = 0.1 * v[:, :, ::32] + 3.0 * content
+    return q, k, v
+
+
+def _alike() -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = make_inputs(1, (2, 1), 1024, 1024, 32, seed=2)
+    own = [torch.unflatten(x[:, :, :], 2, (32, 32)) for x in (k, v)]
+    k, v = ((0.2 * x + x[:, :, :, :1]).flatten(2, 3) for x in own)
+    return q, k, v

@@ -33,6 +33,7 @@ def draw_params(backend: str, rng: random.Random) -> dict[str, Any]:
         "random": drawn,
         "bigbird": {"window": width, "global_tokens": few, **drawn},
         "xattention": {**blocks, **much, "stride": rng.choice([4, 8, 16, 32])},
+        "pooled": {**blocks, **much, "pool_rows": rng.choice([32, 64, 128])},
         "topk": {**blocks, **much},
         "pages": {**blocks, **budget},
         "vertical_slash": {
