@@ -36,8 +36,8 @@ class AttentionUsed(BaseModel):
         description="share of the computed elements for which a dense kernel ran, as it was the faster one"
     )
     dropped_mass: float | None = Field(
-        description="mean over rows, heads and layers of the backend's own estimate of the softmax mass it left "
-        "out; null where it has none"
+        description="mean over rows, heads and layers of the backend's own estimate of the softmax mass that it "
+        "left out; null where it has none"
     )
     flops_ratio: float = Field(
         description="floating-point operations of the whole forward / those with exact"

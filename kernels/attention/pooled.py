@@ -1,7 +1,7 @@
 """Pooled: key blocks chosen by what the mean of a few neighbouring rows attends to.
 
     A_i = own keys of i's query tile  ∪  blocks of largest estimated mass (a ``budget``, or until ``mass``)
-    mass_b = mean over the tile's row groups and heads of sum_{j in b} softmax_j(scale <mean row of group, k_j>)
+    mass_b = mean over the tile's row groups and heads of sum_{j in b} softmax_j(scale <group's mean, k_j>)
 
 Row groups are ``pool_rows`` rows at absolute multiples; the equation and what a mean row may see stand in
 ``kernels.math.mean_query``. The scoring is Longreach's own variant and no paper's method. Nearest are the
@@ -117,8 +117,8 @@ BACKEND = Backend(
     name="pooled",
     summary="Key blocks chosen per query tile by what the mean of every few rows attends to.",
     paper=(
-        "none: a variant of Longreach's own that pools queries only. Nearest: block-sparse heads of MInference "
-        "(arXiv 2407.02490) and FlexPrefill (arXiv 2502.20766), which pool the keys too"
+        "none: Longreach's own variant, which pools queries only. Nearest: the block-sparse heads of "
+        "MInference (arXiv 2407.02490) and FlexPrefill (arXiv 2502.20766), which pool the keys too"
     ),
     params=PooledParams,
     capabilities=Capabilities(
@@ -136,8 +136,8 @@ BACKEND = Backend(
         "The choice looks at a whole query tile: a row's result depends on later rows of its tile, and "
         "chunks that end at tile borders change nothing. The estimated mass ranks blocks and is no bound on "
         "the true mass: rows that look for different things have a mean that looks for neither. On real "
-        "queries and keys a mass of 0.9 kept 0.87 to 0.90 of the true mass. Decode reads every key to choose, "
-        "and chooses what topk chooses."
+        "queries and keys a mass of 0.9 kept 0.87 to 0.90 of the true mass. Decode reads every key to "
+        "choose, and chooses what topk chooses."
     ),
     select=select,
 )

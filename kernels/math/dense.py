@@ -123,6 +123,8 @@ def _flash(
 def _flash_call(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
+    if causal and scale <= 0:  # the kernel multiplies its own -inf of later keys by it
+        q, scale = q * scale, 1.0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )

@@ -3,11 +3,11 @@
     qbar_g = mean of the rows of group g,   P_gj = softmax over the visible keys j of scale <qbar_g, k_j>
     mass_tb = mean over the groups g of tile t and the heads of sum_{j in block b} P_gj
 
-R ``pool_rows``; row group g = rows of the call at positions gR .. gR + R - 1, those that the call has. Visible
-are, causal, the keys up to the group's last row in the call, else all. Only keys of the own tile come after
-some row of the group: a candidate lies before the tile, where every row sees it, so what a row may not see
-touches the own mass alone. Rows are averaged and keys are not: a key that stands alone in its block (a sink)
-counts in full, what is lost is how the rows of a group differ. A group of one row has its true mass.
+R ``pool_rows``; row group g = the call's rows at positions gR .. gR + R - 1, fewer where the call cuts it.
+Visible are the keys up to the group's last row in the call; bidirectional, all. Candidates lie before the
+tile, where every row sees them: keys that some rows of the group may not see are own keys, and inexact
+through them is only the own mass. Rows are averaged and keys are not: a key that stands alone in its block (a
+sink) counts in full; what is lost is how the rows of a group differ. A group of one row has its true mass.
 
 One matrix product [N/R, D] x [D, M] per head: N M D / R multiplications (causal: half of them), and N M / R
 exponentials.
@@ -30,9 +30,9 @@ from kernels.math.selection import BlockScores
 
 SCORE_BYTES = 8 << 20
 """Logits of row groups by keys that exist at once (and their softmax beside them)."""
-CAUSAL_ROWS = 4096
-"""Rows whose groups run at once at most where later ones see more keys: what lies beyond a group's last row is
-computed in vain."""
+ROWS_AT_ONCE = 2048
+"""Rows whose groups run at once at most: memory grows with the keys alone, and where later groups see more
+keys little is computed in vain beyond a group's last row."""
 _FP32 = 4
 _CHOICE = 48
 """A block of one tile while it is scored and chosen: its share, twice, and what a choice by mass adds up."""
@@ -72,14 +72,13 @@ def _one_row(one: OneSequence, groups: QueryTiles, num_keys: int) -> BlockScores
 
 def _runs(groups: QueryTiles, group_bytes: int) -> Iterator[range]:
     """Neighbouring row groups whose logits, so many bytes a group, are made at once."""
-    most = _at_once(group_bytes, groups.height, groups.causal)
+    most = _at_once(group_bytes, groups.height)
     for begin in range(0, groups.num_tiles, most):
         yield range(begin, min(begin + most, groups.num_tiles))
 
 
-def _at_once(group_bytes: int, pool_rows: int, causal: bool) -> int:
-    most = max(1, SCORE_BYTES // group_bytes)
-    return min(most, CAUSAL_ROWS // pool_rows) if causal else most
+def _at_once(group_bytes: int, pool_rows: int) -> int:
+    return max(1, min(SCORE_BYTES // group_bytes, ROWS_AT_ONCE // pool_rows))
 
 
 def _add_run(one: OneSequence, groups: QueryTiles, head: int, keys: Tensor, run: range, sums: Tensor) -> None:
@@ -107,7 +106,8 @@ def _mean_rows(q: Tensor, groups: QueryTiles, run: range) -> Tensor:
     if before or after:
         rows = F.pad(rows, (0, 0, before, after))
     heights = torch.tensor(groups.borders[run.start : run.stop + 1]).diff()
-    return rows.unflatten(1, (-1, groups.height)).sum(2).div_(heights[:, None].to(rows)).transpose(0, 1)
+    sums = torch.unflatten(rows, 1, (-1, groups.height)).sum(2)
+    return sums.div_(heights[:, None].to(rows)).transpose(0, 1)
 
 
 def _later_keys(groups: QueryTiles, run: range, seen: int, device: torch.device) -> Tensor | None:
@@ -130,12 +130,12 @@ def _softmax(logits: Tensor, later: Tensor | None = None) -> tuple[Tensor, Tenso
             broken[..., unseen] &= ~later
     if broken is None:
         return torch.softmax(logits, -1), None
-    return torch.softmax(logits.masked_fill_(broken, -math.inf), -1).nan_to_num_(nan=0.0), broken
+    return torch.softmax(logits.masked_fill_(broken, -math.inf), -1), broken
 
 
 def _by_block(keys: Tensor, block: int) -> Tensor:
     """Shares of keys [..., M] summed to blocks, a last cut one too."""
-    return F.pad(keys, (0, -keys.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+    return torch.unflatten(F.pad(keys, (0, -keys.shape[-1] % block)), -1, (-1, block)).sum(-1)
 
 
 def _tile_of(groups: QueryTiles, tiles: QueryTiles, group: int) -> int:
@@ -158,7 +158,7 @@ def scoring_bytes(shape: CallShape, query_tile: int, block_size: int, pool_rows:
     """What a scoring takes at its largest moment: logits and their softmax, the keys where they are not fp32
     (of one head; of all for a single row), and the table of blocks with what the choice makes of it."""
     group = shape.num_heads // shape.num_kv_heads * shape.num_keys * _FP32
-    groups = min(-(-shape.num_rows // pool_rows), _at_once(group, pool_rows, shape.causal))
+    groups = min(-(-shape.num_rows // pool_rows), _at_once(group, pool_rows))
     heads = shape.num_kv_heads if shape.num_rows == 1 else 1
     keys = heads * shape.num_keys * shape.key_dim * _FP32 if shape.itemsize < _FP32 else 0
     tiles = -(-shape.num_rows // query_tile) + 1

@@ -71,8 +71,8 @@ def add_left_out(
 
 def gate(means: Tensor, own: Tensor, kept: Tensor, share: Tensor) -> Tensor:
     """g [..., 1, 1] for rows [..., R, Dv]: ``means`` m', ``own`` o, ``kept`` the output over own keys and
-    chosen blocks, which is o + a (c - o), ``share`` a [..., R] of the chosen. 1 where nothing was chosen; a row
-    that is not finite has no say."""
+    chosen blocks, which is o + a (c - o), ``share`` a [..., R] of the chosen. 1 where nothing was chosen; a
+    row that is not finite has no say."""
     towards = means - own
     fit = (towards * (kept - own)).sum(-1)
     size = towards.square().sum(-1) * share

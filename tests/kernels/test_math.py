@@ -205,14 +205,18 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
+SCORE_CHUNK = 2 << 20
+"""Numbers that a scoring holds at once, whatever the length."""
+
+
 @pytest.mark.parametrize("backend", backend_names())
 @pytest.mark.parametrize("causal", [True, False])
 def test_nothing_grows_faster_than_the_sequence(backend: str, causal: bool) -> None:
     largest = []
-    for N in (2048, 4096):
+    for N in (8192, 16384):
         q, k, v = make_inputs(1, (2, 1), N, N, 16)
         with LargestOutput() as watch:
             attend(q, k, v, backend=backend, causal=causal, scale=scale_of(q))
         largest.append(watch.numel)
-        assert watch.numel < N * N // 4
-    assert largest[1] <= 2.05 * largest[0]
+        assert watch.numel < N * N // 8
+    assert largest[1] <= max(2.05 * largest[0], SCORE_CHUNK)

@@ -74,7 +74,7 @@ def test_values_of_another_width_and_narrow_or_wide_numbers_are_served_in_decode
 
 
 def chosen_blocks(q: Tensor, k: Tensor, scale: float, count: int, num_candidates: int) -> list[list[int]]:
-    """Quest's rule for one row and one query head per key head, in plain Python."""
+    """Quest's rule for one row and one query head per key head, in plain Python; the first page always."""
     chosen = []
     for head in range(k.shape[1]):
         bounds = []
@@ -82,7 +82,7 @@ def chosen_blocks(q: Tensor, k: Tensor, scale: float, count: int, num_candidates
             page = k[0, head, b * L : (b + 1) * L].tolist()
             row = (q[0, head, 0] * scale).tolist()
             bounds.append(sum(max(x * key[d] for key in page) for d, x in enumerate(row)))
-        chosen.append(sorted(range(num_candidates), key=lambda b: (-bounds[b], b))[:count])
+        chosen.append(sorted(range(num_candidates), key=lambda b: (b > 0, -bounds[b], b))[:count])
     return chosen
 
 
