@@ -11,6 +11,7 @@ in a key shows in the block's bounds and mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class BlockSummaries:
 
     def __init__(self, max_length: int | None = None) -> None:
         self._max_length = max_length
+        self._lock = Lock()
         self._stores: dict[int, _Store] = {}
 
     @property
@@ -75,14 +77,15 @@ class BlockSummaries:
         blocks."""
         if num_blocks * block > k.shape[1]:
             raise ValueError(f"{num_blocks} blocks of {block} keys asked for, there are {k.shape[1]} keys")
-        store = self._stores.get(block)
-        if store is None:
-            store = self._stores[block] = _Store(_room(k, v, block, num_blocks), 0)
-        if num_blocks > store.num_known:
-            store.grow(k, v, num_blocks, self._max_length)
-            _summarise(k, v, store.num_known, store.room.first(num_blocks))
-            store.num_known = num_blocks
-        return store.room.first(num_blocks)
+        with self._lock:
+            store = self._stores.get(block)
+            if store is None:
+                store = self._stores[block] = _Store(_room(k, v, block, num_blocks), 0)
+            if num_blocks > store.num_known:
+                store.grow(k, v, num_blocks, self._max_length)
+                _summarise(k, v, store.num_known, store.room.first(num_blocks))
+                store.num_known = num_blocks
+            return store.room.first(num_blocks)
 
     def truncate(self, length: int) -> None:
         """Forget every block that is not whole within the first ``length`` positions: what follows them may

@@ -63,7 +63,7 @@ def draw_params(rng: random.Random) -> dict[str, Any]:
         "query_tile": rng.choice([128, 256, 512]),
         "block_size": block,
         "pool_rows": rng.choice([32, 64, 128]),
-        "remainder": rng.choice(["none", "mean"]),
+        "remainder": rng.choice(["none", "mean", "gated"]),
         "skip": rng.choice([0.0, 0.0, 0.02, 0.3]),
     }
     if rng.random() < 0.4:
@@ -175,7 +175,9 @@ def test_chunks_that_end_at_tile_borders_choose_what_the_whole_chooses(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("extra", [{}, {"mass": 0.5, "budget": None}, {"remainder": "mean"}, {"skip": 0.3}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"mass": 0.5, "budget": None}, {"remainder": "mean"}, {"skip": 0.3}, {"remainder": "gated"}]
+)
 def test_decode_chooses_and_drops_what_topk_does(dtype: torch.dtype, extra: dict[str, Any]) -> None:
     for M in (1, 130, 900, 1000):
         q, k, v = make_inputs(1, (4, 2), 1, M, 16, seed=M, dtype=dtype)

@@ -1,0 +1,117 @@
+"""One call on several cores: stretches of its rows side by side, each on a thread that computes alone.
+
+    attend(q) = [attend(q_1); attend(q_2); ...]        stretches end at query tiles, causal ones see keys before their end
+
+That is the contract of chunked prefill, so a result does not depend on it. Sparse attention is many small
+products: torch would share each of them among its threads and wait for the slowest every time, which costs little
+where the cores are idle and ten times the work where they are not. Here threads meet once per call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kernels.contract import AttentionResult, Call, Execute, Params, Stats
+from kernels.math.summaries import BlockSummaries
+
+MIN_FLOPS = 1 << 28
+"""Below this many operations of exact attention a call stays on its thread."""
+MIN_ROWS = 256
+STRETCHES_PER_THREAD = 4
+
+
+def run_spread(
+    execute: Execute, q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call
+) -> AttentionResult:
+    """``execute`` on the whole call, spread over torch's threads where that pays."""
+    borders = _borders(q, k, call, params.chunk_multiple())
+    if len(borders) < 3:
+        return execute(q, k, v, params, call)
+    began = perf_counter()
+    shared = replace(call, summaries=call.summaries or BlockSummaries(k.shape[2]))
+
+    def stretch(begin: int, end: int) -> AttentionResult:
+        keys = shared.start + end if shared.causal else k.shape[2]
+        own = replace(shared, start=shared.start + begin)
+        return execute(q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], params, own)
+
+    parts = _side_by_side([lambda a=a, b=b: stretch(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)])
+    return _joined(parts, (perf_counter() - began) * 1e3)
+
+
+def _borders(q: Tensor, k: Tensor, call: Call, multiple: int) -> list[int]:
+    """Rows of the call where stretches begin and end, at absolute multiples of the query tile."""
+    (B, H, N, D), threads = q.shape, torch.get_num_threads()
+    keys = call.start + (N + 1) // 2 if call.causal else k.shape[2]
+    if threads < 2 or q.device.type != "cpu" or 4 * B * H * N * keys * D < MIN_FLOPS:
+        return [0, N]
+    unit = max(multiple, MIN_ROWS)
+    height = -(-N // (threads * STRETCHES_PER_THREAD * unit)) * unit
+    first = (call.start // height + 1) * height - call.start
+    return [0, *range(first, N, height), N]
+
+
+def _side_by_side(jobs: Sequence[Callable[[], AttentionResult]]) -> list[AttentionResult]:
+    """The results in order. Jobs begin with the last: of a causal call it is the longest."""
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(job: Callable[[], AttentionResult]) -> AttentionResult:
+        with torch.inference_mode(inference), torch.no_grad():
+            return job()
+
+    pool = _pool(torch.get_num_threads())
+    pending = [pool.submit(alone, job) for job in reversed(jobs)]
+    return [future.result() for future in reversed(pending)]
+
+
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads on which torch computes alone.
+
+    torch's number of threads is each thread's own, but the last number set is what new threads begin with: so all
+    workers are started here, and the number is set back.
+    """
+    started = threading.Barrier(num_threads + 1)
+    pool = ThreadPoolExecutor(num_threads, "attention", initializer=lambda: torch.set_num_threads(1))
+    for _ in range(num_threads):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(num_threads)
+    return pool
+
+
+def _joined(parts: Sequence[AttentionResult], spent_ms: float) -> AttentionResult:
+    lse = [part.lse for part in parts if part.lse is not None]
+    dropped = [part.dropped for part in parts if part.dropped is not None]
+    rows = torch.cat(dropped, 2) if dropped else None
+    return AttentionResult(
+        torch.cat([part.out for part in parts], 2),
+        torch.cat(lse, 2) if lse else None,
+        _summed([part.stats for part in parts], spent_ms, rows),
+        rows,
+    )
+
+
+def _summed(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> Stats:
+    """Selection's share of the time that threads worked, of the time that passed."""
+    selection_ms = sum(s.selection_ms for s in stats)
+    worked_ms = selection_ms + sum(s.compute_ms for s in stats)
+    share = selection_ms / worked_ms if worked_ms else 0.0
+    return replace(
+        stats[0],
+        pairs_kept=sum(s.pairs_kept for s in stats),
+        pairs_exact=sum(s.pairs_exact for s in stats),
+        pairs_computed=sum(s.pairs_computed for s in stats),
+        pairs_dense=sum(s.pairs_dense for s in stats),
+        selection_ms=share * spent_ms,
+        compute_ms=(1 - share) * spent_ms,
+        dropped_mass=None if dropped is None else float(dropped.mean()),
+    )
