@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from reprlib import Repr
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ from kernels.contract import (
     Stats,
     Unsupported,
 )
+from kernels.parallel import run_spread
 from kernels.registry import BACKENDS, load
 
 MAX_SEED = 2**63 - 1
 GRAPH_TOKENS = 1024
+MAX_ECHO = 200
+"""Characters of what was given that a refusal repeats."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -179,12 +183,26 @@ def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Param
 
 
 def _problem(backend: Backend, error: Any) -> tuple[str, str]:
-    field = ".".join(str(part) for part in error["loc"])
+    field = _cut(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
         known = ", ".join(backend.params.model_fields) or "none"
         return field, f"no such parameter; there are: {known}"
-    got = "" if error["type"] == "missing" or not field else f" (got {error['input']!r})"
+    got = "" if error["type"] == "missing" or not field else f" (got {_told(error['input'])})"
     return field, error["msg"] + got
+
+
+def _told(value: Any) -> str:
+    """What was given, in a few words, whatever its size or depth."""
+    short = Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 80, 80, 40
+    try:
+        return _cut(short.repr(value))
+    except (ValueError, RecursionError):  # an integer of too many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]} ..."
 
 
 def _executable(backend: Backend, params: Params, causal: bool, impl: Impl) -> Execute:
@@ -201,7 +219,8 @@ def _executable(backend: Backend, params: Params, causal: bool, impl: Impl) -> E
     reasons += backend.unsupported(params, causal)
     if reasons:
         raise Unsupported(backend.name, reasons)
-    return backend.impls[chosen]
+    execute = backend.impls[chosen]
+    return partial(run_spread, execute) if chosen == "torch" and able.selection == "tile" else execute
 
 
 def _check_call(call: Call) -> None:

@@ -1,12 +1,13 @@
 """Times every backend against dense SDPA and compiled FlexAttention on the same mask, in turns in one run.
 
-    python -m kernels.bench --decode --json bench.json --plot bench.png       everything, about half an hour
+    python -m kernels.bench --decode --json bench.json --plot bench.png       everything, some 22 minutes
     python -m kernels.bench --quick --backends window bigbird                 seconds
 
 A shape is HxHkxD. All contenders of one length, shape and direction take turns and the median of each is
 reported: on a shared machine only ratios within one run mean anything. Work is counted as 4 D FLOP per score
-element computed, masked ones included. Calls of more than five seconds are timed once. Dense SDPA without a
-mask at 32,768 tokens and more is timed on the last eighth of the rows and extrapolated (``~``). The error is
+element computed, masked ones included, dense SDPA's as well. Calls of more than five seconds are timed once,
+dense SDPA's twice up to twelve (``1 call`` beyond). Dense SDPA without a mask at 32,768 tokens and more is
+timed on the last eighth of the rows and extrapolated (``~``). The error is
 against softmax under the backend's own dense mask (impl ``reference``), and against exact attention on inputs
 that are synthetic: it compares methods and says nothing about text.
 """

@@ -87,8 +87,11 @@ class Stats:
     ``pairs_kept`` pairs of the pattern, each counted once; ``pairs_exact`` pairs that ``exact`` would
     compute; ``pairs_computed`` score elements really computed, masked ones included; ``pairs_dense`` those of
     them for which a dense panel over contiguous keys ran because gathering the listed blocks would have
-    cost more. ``dropped_mass`` is the mean over rows and heads of the estimated softmax mass that the
-    selection left out: 0 for ``exact``, None where a backend has no estimate.
+    cost more; ``pairs_scored`` logits computed to choose, in products of D numbers, summed over heads (the
+    rest of the selection is not counted). ``dropped_mass`` is the mean over rows and heads of the estimated
+    softmax mass that the selection left out: 0 for ``exact``, None where a backend has no estimate.
+
+    ``density_computed`` is the attention's own: without what was scored to choose.
     """
 
     pairs_kept: int
@@ -98,6 +101,7 @@ class Stats:
     compute_ms: float
     impl: str
     pairs_dense: int = 0
+    pairs_scored: int = 0
     dropped_mass: float | None = None
 
     @property

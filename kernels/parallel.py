@@ -1,10 +1,10 @@
 """One call on several cores: stretches of its rows side by side, each on a thread that computes alone.
 
-    attend(q) = [attend(q_1); attend(q_2); ...]        stretches end at query tiles, causal ones see keys before their end
+    attend(q) = [attend(q_1); attend(q_2); ...]       cut at query tiles, over the keys that the rows may see
 
-That is the contract of chunked prefill, so a result does not depend on it. Sparse attention is many small
-products: torch would share each of them among its threads and wait for the slowest every time, which costs little
-where the cores are idle and ten times the work where they are not. Here threads meet once per call.
+That is the contract of chunked prefill, so a result does not depend on it. A selection and the products over
+what it chose are many small operations: torch would share each of them among its threads and wait for the
+slowest every time. Here threads meet once per call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from time import perf_counter
 
 import torch
@@ -36,14 +37,16 @@ def run_spread(
     if len(borders) < 3:
         return execute(q, k, v, params, call)
     began = perf_counter()
-    shared = replace(call, summaries=call.summaries or BlockSummaries(k.shape[2]))
+    shared = call
+    if call.summaries is None and len(q) == 1:  # one stretch learns of the keys for all
+        shared = replace(call, summaries=BlockSummaries(k.shape[2]))
 
     def stretch(begin: int, end: int) -> AttentionResult:
         keys = shared.start + end if shared.causal else k.shape[2]
         own = replace(shared, start=shared.start + begin)
         return execute(q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], params, own)
 
-    parts = _side_by_side([lambda a=a, b=b: stretch(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)])
+    parts = _side_by_side([partial(stretch, begin, end) for begin, end in pairwise(borders)])
     return _joined(parts, (perf_counter() - began) * 1e3)
 
 
@@ -76,8 +79,8 @@ def _side_by_side(jobs: Sequence[Callable[[], AttentionResult]]) -> list[Attenti
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     """Threads on which torch computes alone.
 
-    torch's number of threads is each thread's own, but the last number set is what new threads begin with: so all
-    workers are started here, and the number is set back.
+    torch's number of threads is each thread's own, but the last number set is what new threads begin with: so
+    all workers are started here, and the number is set back.
     """
     started = threading.Barrier(num_threads + 1)
     pool = ThreadPoolExecutor(num_threads, "attention", initializer=lambda: torch.set_num_threads(1))
@@ -111,6 +114,7 @@ def _summed(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> 
         pairs_exact=sum(s.pairs_exact for s in stats),
         pairs_computed=sum(s.pairs_computed for s in stats),
         pairs_dense=sum(s.pairs_dense for s in stats),
+        pairs_scored=sum(s.pairs_scored for s in stats),
         selection_ms=share * spent_ms,
         compute_ms=(1 - share) * spent_ms,
         dropped_mass=None if dropped is None else float(dropped.mean()),

@@ -30,6 +30,7 @@ from models.quality_contenders import (
     contender,
     default_contenders,
     read_contenders,
+    refuse_cut_tiles,
     refuse_unsupported,
 )
 from models.quality_error import measure_errors
@@ -38,13 +39,13 @@ from models.quality_perplexity import Reading, compare, read_text
 from models.quality_plot import pyplot, write_plots
 from models.quality_record import record_layers
 from models.quality_report import markdown
-from models.quality_store import Results, open_results, save
+from models.quality_store import Results, begin, open_results, save
 from models.runner import Model
 
 LONG_TOKENS = 4096
 """Beyond this many tokens the default run measures every third layer and reads with fewer contenders."""
 
-READINGS_PER_EXACT = 6
+READINGS_PER_EXACT = 8
 """The exact reading is repeated after so many others: a machine drifts."""
 
 
@@ -61,10 +62,12 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is not measured yet, then write tables and plots."""
     if options.plot:
         pyplot()
-    contenders = _contenders(options)
-    results = open_results(options.json, options.resume, settings_of(options), context_of(options))
+    contenders, context = _contenders(options), context_of(options)
+    refuse_cut_tiles(contenders, options.chunk_tokens)
+    results = open_results(options.json, options.resume, settings_of(options), context)
     pending = Pending(options, contenders, results)
     if pending:
+        begin(results, context, os.getloadavg()[0])
         began = perf_counter()
         pending.measure(lambda: _load(options, contenders))
         _tell(f"measured in {perf_counter() - began:.0f} s")

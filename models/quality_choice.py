@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.quality_contenders import EXACT, REMAINDER, key_of
@@ -27,28 +27,43 @@ def best_within(rows: Sequence[ErrorRow], budget: float) -> list[ErrorRow]:
 
 
 @dataclass(frozen=True)
-class RemainderGain:
-    """One setting with left-out blocks dropped (``none``) and put back as means (``mean``). ``at_equal_time``
-    is the error that ``none`` would reach in the time of ``mean``: between its own settings, on a line in
-    (log time, log error); None beyond them."""
+class Variant:
+    """A setting that puts left-out blocks back. ``at_equal_time`` is the error that ``remainder: none`` would
+    reach in its time: between its own settings, on a line in (log time, log error); None beyond them."""
 
-    none: ErrorRow
-    mean: ErrorRow
+    row: ErrorRow
     at_equal_time: float | None
 
 
+@dataclass(frozen=True)
+class RemainderGain:
+    """One setting with left-out blocks dropped (``none``), and those of its twins that were measured: blocks
+    put back as means (``mean``), and gated (``gated``)."""
+
+    none: ErrorRow
+    mean: Variant | None
+    gated: Variant | None
+
+
 def remainder_gains(rows: Sequence[ErrorRow]) -> list[RemainderGain]:
-    """Every pair of settings that differ in ``remainder`` alone, in the order of ``rows``."""
+    """Every setting that was measured without a remainder and with one, in the order of ``rows``."""
+    by_key = {key_of(row.backend, row.full): row for row in rows}
     found = []
-    for mean in rows:
-        if mean.full.get(REMAINDER) != "mean":
+    for none in rows:
+        if none.full.get(REMAINDER) != "none":
             continue
-        wanted = key_of(mean.backend, {**mean.full, REMAINDER: "none"})
-        none = next((row for row in rows if key_of(row.backend, row.full) == wanted), None)
-        if none is not None:
-            others = [r for r in rows if r.backend == mean.backend and r.full.get(REMAINDER) == "none"]
-            found.append(RemainderGain(none, mean, error_in_time(others, mean.time_share)))
+        others = [r for r in rows if r.backend == none.backend and r.full.get(REMAINDER) == "none"]
+        mean, gated = (_variant(none, what, by_key, others) for what in ("mean", "gated"))
+        if mean or gated:
+            found.append(RemainderGain(none, mean, gated))
     return found
+
+
+def _variant(
+    none: ErrorRow, remainder: str, by_key: Mapping[str, ErrorRow], others: Sequence[ErrorRow]
+) -> Variant | None:
+    row = by_key.get(key_of(none.backend, {**none.full, REMAINDER: remainder}))
+    return Variant(row, error_in_time(others, row.time_share)) if row is not None else None
 
 
 def error_in_time(rows: Sequence[ErrorRow], time_share: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,41 +60,42 @@ def _each(name: str, values: Sequence[int], **more: Any) -> Settings:
     return tuple({name: value, **more} for value in values)
 
 
-def _both_remainders(settings: Settings) -> Settings:
-    return (*settings, *({**each, REMAINDER: "mean"} for each in settings))
+def _remainders(settings: Settings, *remainders: str) -> Settings:
+    """The settings, and each with these remainders."""
+    return (*settings, *({**each, REMAINDER: what} for what in remainders for each in settings))
+
+
+def _selecting(budgets: Sequence[int]) -> Settings:
+    """Budgets from cheap to dear, two of them with every remainder."""
+    tried = tuple(budget for budget in budgets if budget in (256, 1024))
+    rest = tuple(budget for budget in budgets if budget not in tried)
+    return (*_remainders(_each("budget", tried), "mean", "gated"), *_each("budget", rest))
 
 
 LADDERS: dict[str, Settings] = {
     EXACT: ({},),
-    "window": _each("window", BUDGETS),
+    "window": _each("window", (512, 1024, 2048)),
     "sinks": _each("window", BUDGETS),
-    "strided": _each("stride", (64, 128, 256, 512)),
-    "fixed": _each("stride", (64, 128, 256, 512)),
-    "star": _each("window", (2, 64, 512)),
-    "random": (
-        {"num_random": 64},
-        {"num_random": 256},
-        *_each("num_random", (512, 1024), block_size=64),
-    ),
+    "strided": _each("stride", (64, 512)),
+    "fixed": _each("stride", (64, 512)),
+    "star": _each("window", (2, 512)),
+    "random": ({"num_random": 256}, {"num_random": 1024, "block_size": 64}),
     "bigbird": (
-        {"window": 128, "num_random": 64},
         {},
         {"window": 512, "num_random": 512},
         {"window": 1024, "num_random": 1024},
     ),
     "xattention": (
-        *_both_remainders(_each("budget", BUDGETS)),
-        {"mass": 0.9},
-        {"mass": 0.9, REMAINDER: "mean"},
+        *_selecting(BUDGETS),
+        *_remainders(({"mass": 0.9},), "gated"),
         {"mass": 1.0, "skip": 0.001},
     ),
-    "pooled": _both_remainders((*_each("budget", BUDGETS), {"mass": 0.9})),
-    "topk": (*_both_remainders(_each("budget", (256, 1024))), {"budget": 2048}),
-    "pages": _both_remainders(_each("budget", BUDGETS)),
+    "pooled": (*_selecting(BUDGETS), *_remainders(({"mass": 0.9},), "gated")),
+    "topk": _selecting((256, 1024, 2048)),
+    "pages": _selecting(BUDGETS),
     "vertical_slash": (
         {"num_verticals": 128, "num_slashes": 4},
         {},
-        {"num_verticals": 512, "num_slashes": 16},
         {"num_verticals": 1024, "num_slashes": 16},
     ),
 }
@@ -101,18 +103,11 @@ LADDERS: dict[str, Settings] = {
 
 LONG: dict[str, Settings] = {
     EXACT: ({},),
-    "window": _each("window", (512, 2048)),
-    "sinks": _each("window", (512, 2048)),
-    "bigbird": ({"window": 512, "num_random": 512},),
-    "xattention": (
-        *_both_remainders(_each("budget", (1024,))),
-        {"budget": 2048},
-        {"mass": 1.0, "skip": 0.001},
-    ),
-    "pooled": (*_both_remainders(_each("budget", (1024,))), {"budget": 2048}),
-    "topk": _each("budget", (1024,)),
-    "pages": (*_both_remainders(_each("budget", (1024,))), {"budget": 2048}),
-    "vertical_slash": ({}, {"num_verticals": 1024, "num_slashes": 16}),
+    "sinks": _each("window", (512,)),
+    "xattention": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
+    "pooled": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
+    "pages": _each("budget", (1024,)),
+    "vertical_slash": ({"num_verticals": 1024, "num_slashes": 16},),
 }
 """The settings whose perplexity is measured beyond 4,096 tokens in the default run. A backend that has a
 ladder and is missing here has none: too far from exact to be worth the minutes. One without a ladder has."""
@@ -142,6 +137,18 @@ def read_contenders(text: str) -> list[Contender]:
 
 def _is_settings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
+def refuse_cut_tiles(contenders: Sequence[Contender], chunk_tokens: int) -> None:
+    """ValueError naming every contender whose query tiles would be cut by chunks of ``chunk_tokens`` rows: a
+    cut tile chooses twice, which serving never does. 0, the whole text at once, cuts none."""
+    tiles = {each.label: each.choice(0).params.chunk_multiple() for each in contenders}
+    cut = {label: tile for label, tile in tiles.items() if chunk_tokens % tile}
+    if cut:
+        multiple = math.lcm(*tiles.values())
+        fits = -(-chunk_tokens // multiple) * multiple
+        told = ", ".join(f"{label} (tiles of {tile})" for label, tile in cut.items())
+        raise ValueError(f"--chunk-tokens {chunk_tokens} cuts the query tiles of {told}: give {fits}, or 0")
 
 
 def refuse_unsupported(model: Model, contenders: Sequence[Contender]) -> None:

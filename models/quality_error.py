@@ -3,8 +3,8 @@
     error of a layer = sqrt( sum_i |(o^_i - o_i) W_O|^2 / sum_i |o_i W_O|^2 )        i over all rows
 
 o exact's output of a row, o^ the contender's from the same q, k, v, W_O the output projection. The mass truly
-dropped is 1 - exp(lse_kept - lse_exact), mean over rows and heads; where left-out keys were put back as means
-the kept log-sum-exp is not known and the mass is not reported.
+dropped is 1 - exp(lse_kept - lse_exact), mean over rows and heads; where left-out keys were put back the
+kept log-sum-exp is not known and the mass is not reported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Call, Execute, Params
+from kernels.math.cache import DRAWS
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load as load_backend
 from models.quality_contenders import EXACT, REMAINDER, Contender, contender
@@ -86,7 +87,8 @@ class _Tally:
     layer_errors: list[float] = field(default_factory=list)
     dropped: _Mean = field(default_factory=_Mean)
     truth: _Mean = field(default_factory=_Mean)
-    summaries: BlockSummaries | None = None
+    summaries: list[BlockSummaries] = field(default_factory=list)
+    """Of the layer at hand, one for each round: every chunk meets them as the chunk before it left them."""
 
     def add(self, timed: _Timed, exact: _Timed, projection: Tensor) -> None:
         """One chunk of one layer. ``projection`` is W_O transposed, [H Dv, E]."""
@@ -123,7 +125,9 @@ def measure_errors(
 ) -> list[ErrorRow]:
     """Every contender on the same recorded layers, in turns with exact chunk by chunk.
 
-    With ``repeat`` every call runs that often in as many rounds, and its least time counts.
+    With ``repeat`` every call runs that often in as many rounds, and its least time counts. Each begins
+    without what an earlier one left behind for the same rows (random keys, block summaries): a server draws
+    and sums up once, and its time has to show it.
     """
     exact, tallies = _tally(contender(EXACT, {})), [_tally(each) for each in contenders]
     for record in records:
@@ -137,7 +141,8 @@ def _measure_layer(
 ) -> None:
     everyone = [exact, *tallies]
     for each in everyone:
-        each.summaries, each.difference = BlockSummaries(record.q.shape[2]), 0.0
+        each.summaries = [BlockSummaries(record.q.shape[2]) for _ in range(repeat)]
+        each.difference = 0.0
     projection, size = record.w_o.t().float(), 0.0
     for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
         timed = _in_turns(record, rows, everyone, seed, repeat, first=number + record.index)
@@ -156,26 +161,25 @@ def _in_turns(
     for turn in range(repeat):
         begin = (first + turn) % len(everyone)
         for i in [*range(begin, len(everyone)), *range(begin)]:
-            its = _run(record, rows, everyone[i], seed)
+            its = _run(record, rows, everyone[i], seed, turn)
             if i not in best or its.seconds < best[i].seconds:
                 best[i] = its
     return [best[i] for i in range(len(everyone))]
 
 
-def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int) -> _Timed:
+def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int, turn: int) -> _Timed:
     """One chunk as the cache serves it: its rows over the keys so far, block summaries of earlier chunks
     kept."""
-    assert tally.summaries is not None
-    tally.summaries.truncate(rows.start)
     call = Call(
         causal=record.plan.causal,
         scale=record.scale,
         seed=seed,
         layer=record.plan.ordinal,
         start=rows.start,
-        summaries=tally.summaries,
+        summaries=tally.summaries[turn],
     )
     q, k, v = record.q[:, :, rows], record.k[:, :, : rows.stop], record.v[:, :, : rows.stop]
+    DRAWS.clear()
     began = perf_counter()
     result = tally.execute(q, k, v, tally.params, call)
     return _Timed(result, perf_counter() - began, result.stats.selection_ms / 1e3)

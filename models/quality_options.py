@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,12 +75,14 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def context_of(options: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
+    """When and where; the load is noted when measuring begins."""
     return {
         "command": _command(options),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {threads} threads, torch {torch.__version__}",
-        "load_at_start": os.getloadavg()[0],
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "loads_at_start": [],
     }
 
 

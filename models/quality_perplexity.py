@@ -2,8 +2,10 @@
 
     perplexity = exp( mean_i -log p(t_{i+1} | t_0 .. t_i) )        i from SKIPPED_TOKENS on
 
-Each contender follows its own trajectory. The change against exact is paired token by token; its standard
-error is that of the mean difference.
+Each contender follows its own trajectory. The change against exact is paired token by token. Its standard
+error takes B blocks of ``BLOCK_TOKENS`` tokens for independent, as neighbouring tokens are not:
+
+    se^2 = B / (B - 1) sum_b ( sum_{i in b} (d_i - mean d) )^2 / n^2        d_i difference of token i
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.math.cache import DRAWS
 from models.contract import Choice, ServedModel, Slice, Work
 from models.quality_contenders import Contender
 from models.quality_record import chunks
 
 SKIPPED_TOKENS = 64
 """First predictions left out: with so little context their surprise says nothing about attention."""
+
+BLOCK_TOKENS = 64
+"""Tokens whose differences may hang together."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Reading:
 @dataclass(frozen=True)
 class PerplexityRow:
     """One contender's reading against the last exact one before it. ``change_percent`` of the perplexity,
-    with its standard error over tokens."""
+    with its standard error over blocks of tokens, None where there is only one."""
 
     tokens: int
     backend: str
@@ -46,7 +52,7 @@ class PerplexityRow:
     perplexity: float
     exact_perplexity: float
     change_percent: float
-    standard_error_percent: float
+    standard_error_percent: float | None
     attention_s: float
     selection_s: float
     total_s: float
@@ -64,7 +70,9 @@ class PerplexityRow:
 
 
 def read_text(model: ServedModel, token_ids: Sequence[int], choice: Choice, chunk_tokens: int) -> Reading:
-    """Read all of ``token_ids`` but the last, which is only predicted."""
+    """Read all of ``token_ids`` but the last, which is only predicted. Random keys that an earlier reading
+    left behind are drawn again."""
+    DRAWS.clear()
     tokens = len(token_ids) - 1
     sequence = model.open(tokens)
     scores, work, began = [], Work(), perf_counter()
@@ -89,7 +97,7 @@ def compare(
     surprise, exact_surprise = -reading.scores.double()[skipped:], -exact.scores.double()[skipped:]
     difference = surprise - exact_surprise
     factor = math.exp(float(difference.mean()))
-    spread = float(difference.std(correction=0)) / math.sqrt(len(difference))
+    spread = standard_error(difference)
     return PerplexityRow(
         tokens=tokens,
         backend=contender.backend,
@@ -98,7 +106,7 @@ def compare(
         perplexity=math.exp(float(surprise.mean())),
         exact_perplexity=math.exp(float(exact_surprise.mean())),
         change_percent=100 * (factor - 1),
-        standard_error_percent=100 * factor * spread,
+        standard_error_percent=None if spread is None else 100 * factor * spread,
         attention_s=reading.work.attention_ms / 1e3,
         selection_s=reading.work.selection_ms / 1e3,
         total_s=reading.total_s,
@@ -106,3 +114,12 @@ def compare(
         exact_total_s=exact.total_s,
         density=reading.work.pairs_kept / reading.work.pairs_exact,
     )
+
+
+def standard_error(difference: Tensor) -> float | None:
+    """Of the mean of ``difference`` [T]; None for a single block."""
+    blocks = torch.split(difference - difference.mean(), BLOCK_TOKENS)
+    if len(blocks) < 2:
+        return None
+    squares = sum(float(block.sum()) ** 2 for block in blocks)
+    return math.sqrt(squares * len(blocks) / (len(blocks) - 1)) / len(difference)

@@ -23,8 +23,14 @@ LEAST_ERROR = 1e-4
 """Smaller errors (a setting that keeps every key) would squeeze all others together."""
 
 _NOTE = (
-    f"hollow: remainder mean, joined to the same setting without; errors below {LEAST_ERROR:g} drawn there"
+    "joined to the same setting without: remainder mean (hollow, dotted), gated (half filled, dashed); "
+    f"errors below {LEAST_ERROR:g} drawn there"
 )
+
+_HALF = {"fillstyle": "left", "markerfacecoloralt": "white"}
+_MARKS: dict[str, dict[str, Any]] = {"none": {}, "mean": {"markerfacecolor": "white"}, "gated": _HALF}
+_TWIN_LINES = {"mean": ":", "gated": "--"}
+"""Looks of each remainder, and of the line to the same setting without."""
 
 Rows = Sequence[ErrorRow] | Sequence[PerplexityRow]
 
@@ -108,38 +114,39 @@ def _scatter(axes: Any, rows: Rows, x: Callable[[Any], float], y: Callable[[Any]
     for number, name in enumerate(names):
         mine = [row for row in rows if row.backend == name]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        for label, ladder in _ladders(mine):
-            hollow = {"markerfacecolor": "white"} if label else {}
+        for remainder, ladder in _ladders(mine):
+            plain = remainder == "none"
             points = sorted((x(row), y(row)) for row in ladder)
             axes.plot(
                 *zip(*points, strict=True),
-                linestyle="" if label else "-",
+                linestyle="-" if plain else "",
                 linewidth=1,
                 markersize=6,
-                label=name if not label else None,
+                label=name if plain else None,
                 color=colour,
                 marker=marker,
-                **hollow,
+                **_MARKS[remainder],
             )
         _join_twins(axes, mine, x, y, colour)
     _fit(axes, rows, x)
 
 
 def _ladders(rows: list[Any]) -> list[tuple[str, list[Any]]]:
-    """Settings that vary the same params, with the remainder they use ("" for none)."""
-    groups: dict[tuple[str, ...], list[Any]] = {}
+    """Settings that vary the same params, with the remainder they use."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.params), []).append(row)
-    return [("mean" if REMAINDER in names else "", group) for names, group in groups.items()]
+        groups.setdefault((row.full.get(REMAINDER, "none"), tuple(row.params)), []).append(row)
+    return [(remainder, group) for (remainder, _), group in groups.items()]
 
 
 def _join_twins(axes: Any, rows: list[Any], x: Any, y: Any, colour: Any) -> None:
     """A dotted line between each remainder variant and the same setting without."""
     by_key = {key_of(row.backend, row.full): row for row in rows}
-    for mean in rows:
-        none = by_key.get(key_of(mean.backend, {**mean.full, REMAINDER: "none"}))
-        if mean.full.get(REMAINDER) == "mean" and none is not None:
-            axes.plot([x(none), x(mean)], [y(none), y(mean)], ":", color=colour, linewidth=1)
+    for row in rows:
+        none = by_key.get(key_of(row.backend, {**row.full, REMAINDER: "none"}))
+        line = _TWIN_LINES.get(row.full.get(REMAINDER, "none"))
+        if line is not None and none is not None:
+            axes.plot([x(none), x(row)], [y(none), y(row)], line, color=colour, linewidth=1)
 
 
 def _fit(axes: Any, rows: Rows, x: Callable[[Any], float]) -> None:

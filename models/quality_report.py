@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from models.quality_choice import TIME_BUDGETS, RemainderGain, best_within, remainder_gains
+from models.quality_choice import TIME_BUDGETS, RemainderGain, Variant, best_within, remainder_gains
 from models.quality_contenders import key_of, setting
 from models.quality_error import ErrorRow
-from models.quality_perplexity import SKIPPED_TOKENS, PerplexityRow
+from models.quality_perplexity import BLOCK_TOKENS, SKIPPED_TOKENS, PerplexityRow
 from models.quality_store import Results
 
 Columns = Sequence[tuple[str, str]]
@@ -38,11 +39,13 @@ def _head(results: Results) -> str:
     s, c = results.settings, results.context
     chunk = f"chunks of {s['chunk_tokens']} rows" if s["chunk_tokens"] else "one piece"
     least = f", the least of {s['repeat']} calls each" if s["repeat"] > 1 else ""
+    loads = ", ".join(f"{load:.2f}" for load in c["loads_at_start"])
     return f"""# What each attention costs and loses
 
 `{c["command"]}`,
-{c["date"]}, {c["machine"]}.
-Written by that command: run it again instead of editing.
+{c["date"]}, {c["processor"]}, {c["threads"]} threads, torch {c["torch"]}.
+Load of the machine when measuring began: {loads}. Above 0.5 or so others ran beside it, and times are worth
+less. Written by the command above: run it again instead of editing.
 
 Model `{s["model"]}`, text `{s["text"]}`, read in {chunk} over the cached keys, as the
 server reads it.
@@ -53,11 +56,15 @@ server reads it.
 - **time**: attention time, selection included, over exact's in the same layers and chunks, run in
   turns{least}.
 - **perplexity**: its change against exact with the backend in every layer, on its own trajectory, over all
-  tokens after the first {SKIPPED_TOKENS}; ± one standard error of the paired difference. **served** is the
-  attention time of that run over exact's, **total** the time of the whole run. A dash: not run at this
-  length.
+  tokens after the first {SKIPPED_TOKENS}; ± one standard error of the paired difference, taking blocks of
+  {BLOCK_TOKENS} tokens for independent (what hangs together over longer stretches makes it larger).
+  **served** is the attention time of that run over exact's, **total** the time of the whole run: single
+  readings, each against the nearest exact reading before it, and noisier than **time**. A dash: not run at
+  this length.
+- **the best setting in a given time** is picked after the fact, by the same figures that it is shown with: a
+  backend with more **settings tried** has more chances, by noise in the times as well.
 - **dropped**: softmax mass not attended, mean over rows and heads: the backend's own estimate, and the truth
-  from the log-sum-exps (not known where left-out keys are put back as means).
+  from the log-sum-exps (not known where left-out keys are put back).
 - Backends that select by query tile choose for a tile's rows together: a row's choice may depend on rows
   after it, up to the tile's end."""
 
@@ -66,14 +73,18 @@ def _sections(errors: list[ErrorRow], perplexities: list[PerplexityRow]) -> Iter
     read = {key_of(row.backend, row.full): row for row in perplexities}
     if errors:
         yield "### The best setting in a given time"
-        yield _table(_EQUAL, (_equal_line(b, r, read) for b in TIME_BUDGETS for r in best_within(errors, b)))
+        tried = Counter(row.backend for row in errors)
+        best = ((budget, row) for budget in TIME_BUDGETS for row in best_within(errors, budget))
+        yield _table(_EQUAL, (_equal_line(b, row, tried[row.backend], read) for b, row in best))
     gains = remainder_gains(errors)
     if gains:
-        yield "### What `remainder: mean` buys"
+        yield "### What the remainder buys at equal time"
         yield (
-            "`at equal choice` compares with the same blocks kept and the rest dropped, `at equal time`\n"
-            "with the error that `remainder: none` reaches in the time of `mean`, read off between its own\n"
-            "settings (a dash beyond them)."
+            "Left-out blocks put back as their means (`mean`), or as far as means would have predicted the\n"
+            "chosen ones (`gated`). Each shows its time, its error, and the change of the error `at equal\n"
+            "choice` (same blocks kept, the rest dropped) and `at equal time`: against the error that\n"
+            "`remainder: none` reaches in that time, read off between its own settings (a dash beyond\n"
+            "them). Below 0 the remainder is better."
         )
         yield _table(_GAIN, map(_gain_line, gains))
     yield "### Every setting"
@@ -97,9 +108,11 @@ def _columns(text: str, numbers: str) -> Columns:
     return [*left, *right]
 
 
-_EQUAL = _columns("within, backend, setting", "error, worst layer, perplexity, density, time")
+_EQUAL = _columns("within, backend, setting", "settings tried, error, worst layer, perplexity, density, time")
 _GAIN = _columns(
-    "backend, setting", "time none, time mean, error none, error mean, at equal choice, at equal time"
+    "backend, setting",
+    "none: time, none: error, mean: time, mean: error, mean: at equal choice, mean: at equal time, "
+    "gated: time, gated: error, gated: at equal choice, gated: at equal time",
 )
 _FULL = _columns(
     "backend, setting",
@@ -109,11 +122,12 @@ _FULL = _columns(
 _ALONE = _columns("backend, setting", "perplexity, served, total, density")
 
 
-def _equal_line(budget: float, row: ErrorRow, read: dict[str, PerplexityRow]) -> list[str]:
+def _equal_line(budget: float, row: ErrorRow, tried: int, read: dict[str, PerplexityRow]) -> list[str]:
     return [
         _percent(budget),
         row.backend,
         setting(row.params),
+        str(tried),
         _number(row.error),
         _number(row.worst_error),
         _change(read.get(key_of(row.backend, row.full))),
@@ -123,17 +137,18 @@ def _equal_line(budget: float, row: ErrorRow, read: dict[str, PerplexityRow]) ->
 
 
 def _gain_line(gain: RemainderGain) -> list[str]:
-    none, mean = gain.none, gain.mean
-    return [
-        none.backend,
-        setting(none.params),
-        _percent(none.time_share),
-        _percent(mean.time_share),
-        _number(none.error),
-        _number(mean.error),
-        _relative(mean.error, none.error),
-        _relative(mean.error, gain.at_equal_time),
-    ]
+    none = gain.none
+    own = [_percent(none.time_share), _number(none.error)]
+    twins = [cell for each in (gain.mean, gain.gated) for cell in _variant_cells(each, none)]
+    return [none.backend, setting(none.params), *own, *twins]
+
+
+def _variant_cells(variant: Variant | None, none: ErrorRow) -> list[str]:
+    if variant is None:
+        return [DASH] * 4
+    row = variant.row
+    changes = [_relative(row.error, none.error), _relative(row.error, variant.at_equal_time)]
+    return [_percent(row.time_share), _number(row.error), *changes]
 
 
 def _full_line(row: ErrorRow, read: dict[str, PerplexityRow]) -> list[str]:
@@ -177,6 +192,8 @@ def _change(row: PerplexityRow | None) -> str:
         return DASH
     if row.perplexity == row.exact_perplexity:
         return f"{row.perplexity:.3f}"
+    if row.standard_error_percent is None:
+        return f"{row.change_percent:+.2f} %"
     return f"{row.change_percent:+.2f} ± {row.standard_error_percent:.2f} %"
 
 

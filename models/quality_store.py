@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,16 @@ from models.quality_contenders import key_of
 from models.quality_error import ErrorRow
 from models.quality_perplexity import PerplexityRow
 
+MACHINE = ("processor", "threads", "torch")
+"""What of the context times depend on."""
+
 Row = TypeVar("Row", ErrorRow, PerplexityRow)
 
 
 @dataclass
 class Results:
     """``settings`` decide what the figures mean and must agree on resuming; ``context`` says when and
-    where."""
+    where, with the load of the machine at the start of the first run and of each that went on with it."""
 
     settings: dict[str, Any]
     context: dict[str, Any]
@@ -73,12 +76,27 @@ def open_results(
     if not resume:
         raise ValueError(f"{file} is there already: give --resume to go on with it, or another --json")
     found = load(file)
-    wrong = sorted(
-        name
-        for name in {**found.settings, **settings}
-        if found.settings.get(name) != json.loads(json.dumps(settings.get(name)))
-    )
-    if wrong:
-        told = ", ".join(f"{name} ({found.settings.get(name)}, now {settings.get(name)})" for name in wrong)
+    told = _differences(found.settings, settings, sorted({**found.settings, **settings}))
+    if told:
         raise ValueError(f"{file} was measured with other settings: {told}. Give another --json")
     return found
+
+
+def begin(results: Results, context: Mapping[str, Any], load: float) -> None:
+    """Note a run that is about to measure. ValueError where it would add times of another machine to those in
+    ``results``."""
+    if told := _differences(results.context, context, MACHINE):
+        raise ValueError(
+            f"the results so far were measured on another machine: {told}. Times of two machines cannot be "
+            "compared: go on there, or give another --json"
+        )
+    results.context["loads_at_start"].append(round(load, 2))
+
+
+def _differences(held: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """``name (held, now ...)`` of what differs once it has been through a file."""
+    return ", ".join(
+        f"{name} ({held.get(name)}, now {now.get(name)})"
+        for name in names
+        if held.get(name) != json.loads(json.dumps(now.get(name)))
+    )

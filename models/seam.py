@@ -238,7 +238,7 @@ def _segment(layer: _Layer, member: Member, begin: int) -> Segment:
 
 
 def _count(work: Work, stats: Stats, layer: LayerPlan, num_rows: int) -> None:
-    work.flops += layer.flops_per_pair * stats.pairs_computed
+    work.flops += layer.flops_per_pair * stats.pairs_computed + 2 * layer.shape.key_dim * stats.pairs_scored
     if layer.window is not None:  # what the network itself declares local costs the same under every choice
         work.flops_exact += layer.flops_per_pair * stats.pairs_computed
         return

@@ -31,16 +31,19 @@ class AttentionUsed(BaseModel):
         description="layers to which the choice applies; the others have their own"
     )
     density: float = Field(description="pairs kept / pairs that exact computes")
-    density_computed: float = Field(description="score elements computed / pairs that exact computes")
+    density_computed: float = Field(
+        description="score elements computed / pairs that exact computes, without what was scored to choose"
+    )
     dense_share: float = Field(
         description="share of the computed elements for which a dense kernel ran, as it was the faster one"
     )
     dropped_mass: float | None = Field(
-        description="mean over rows, heads and layers of the backend's own estimate of the softmax mass that it "
-        "left out; null where it has none"
+        description="mean over rows, heads and layers of the backend's own estimate of the softmax mass that "
+        "it left out; null where it has none"
     )
     flops_ratio: float = Field(
-        description="floating-point operations of the whole forward / those with exact"
+        description="floating-point operations of the whole forward, scoring to choose included / those with "
+        "exact"
     )
     impl: str
     fallback_reason: str | None = None

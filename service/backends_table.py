@@ -81,6 +81,8 @@ def _chosen(backend: str | None, params: str | None) -> dict[str, Params | None]
         given = json.loads(params)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--params is not JSON ({error}): {params}") from None
+    except RecursionError:
+        raise ConfigError("--params is nested too deeply to be read as JSON") from None
     parsed = parse_params(backend, given)
     if not directions(backend, parsed):
         raise Unsupported(backend, [*load(backend).unsupported(parsed, True)])

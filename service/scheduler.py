@@ -4,8 +4,10 @@ locks.
 A step serves one model and is filled to a token budget: one token for every decoding sequence, then chunks
 of prompts that are being read, then new sequences in order of arrival. Bidirectional inputs cannot be
 chunked: one that exceeds the budget runs alone, and shorter ones behind it may pass in at most
-``MAX_PASSED_STEPS`` steps. The same bound holds for a sequence that waits for memory, so nothing starves.
-Models take turns by the seconds that each has used."""
+``MAX_PASSED_STEPS`` steps. The same bound holds for a sequence that waits for memory, and for one whose query
+tile is larger than what others leave of the budget: after so many steps it reads before them. A prompt
+already being read that got nothing in a step comes first in the next. So nothing starves. Models take turns
+by the seconds that each has used."""
 
 from __future__ import annotations
 
@@ -51,6 +53,8 @@ class Entry:
     decoding: bool = False
     dropped: bool = False
     passed_steps: int = 0
+    """Steps in which it stood still: while it waits those in which one behind it read, once it runs those in
+    which others took the whole budget."""
 
     @property
     def holds_cache(self) -> bool:
@@ -184,17 +188,44 @@ class Scheduler:
         mine = [entry for entry in self._running.values() if entry.model == model and not entry.dropped]
         parts = [(entry, 1) for entry in mine if entry.decoding]
         budget = self.limits.step_tokens - len(parts)
-        must_read = True
-        for entry in mine:
-            tokens = 0 if entry.decoding else self._chunk(entry, budget, must_read)
+        reading: list[tuple[Entry, int]] = []
+        for entry in self._readers(model, mine):
+            tokens = self._chunk(entry, budget, must_read=not reading)
             if tokens:
-                parts.append((entry, tokens))
+                reading.append((entry, tokens))
                 budget -= tokens
-                must_read = False
-        return parts + self._start(model, budget, must_read, alone=not parts)
+            entry.passed_steps = 0 if tokens else entry.passed_steps + 1
+        return [*parts, *reading, *self._start(model, budget, reading, alone=not parts and not reading)]
 
-    def _start(self, model: str, budget: int, must_read: bool, alone: bool) -> list[tuple[Entry, int]]:
-        """New entries in order of arrival, as far as places, memory and budget allow."""
+    def _readers(self, model: str, mine: list[Entry]) -> list[Entry]:
+        """Who is read on, in the order in which the budget is offered. A waiting entry that was passed too
+        often begins ahead of them, unless one of them stood still as long."""
+        readers = [entry for entry in mine if not entry.decoding]
+        readers.sort(key=lambda entry: -entry.passed_steps)
+        if readers and readers[0].passed_steps < MAX_PASSED_STEPS:
+            overdue = self._overdue(model)
+            if overdue is not None:
+                self._running[overdue.key] = self._waiting.pop(overdue.key)
+                return [overdue, *readers]
+        return readers
+
+    def _overdue(self, model: str) -> Entry | None:
+        """The first chunkable entry that was passed too often, where a place and memory are free for it."""
+        places = self.limits.max_running - sum(entry.holds_cache for entry in self._running.values())
+        for entry in self._waiting.values():
+            if entry.passed_steps < MAX_PASSED_STEPS:
+                continue
+            if self.reserved_bytes + entry.bytes > self.limits.memory_bytes:
+                return None
+            if entry.model == model and entry.chunkable and places > 0:
+                return entry
+        return None
+
+    def _start(
+        self, model: str, budget: int, reading: list[tuple[Entry, int]], alone: bool
+    ) -> list[tuple[Entry, int]]:
+        """New entries in order of arrival, as far as places, memory and budget allow beside those
+        ``reading``."""
         started: list[tuple[Entry, int]] = []
         passed: list[Entry] = []
         reserved = self.reserved_bytes
@@ -219,25 +250,26 @@ class Scheduler:
                         break
                 passed.append(entry)
                 continue
-            tokens = self._chunk(entry, budget, must_read)
+            tokens = self._chunk(entry, budget, must_read=not reading and not started)
             if not tokens:
-                if budget <= 0:
+                passed.append(entry)
+                if budget <= 0 or not patient:
                     break
                 continue
             started.append((entry, tokens))
             reserved += entry.bytes
             places -= entry.holds_cache
             budget -= tokens
-            must_read = False
         if long is not None and not started:
             started.append((long, long.tokens))
-        self._note_passed(passed, started)
+        self._note_passed(passed, [*reading, *started])
         for entry, _ in started:
+            entry.passed_steps = 0
             self._running[entry.key] = self._waiting.pop(entry.key)
         return started
 
-    def _note_passed(self, passed: list[Entry], started: list[tuple[Entry, int]]) -> None:
-        last = max((entry.key for entry, _ in started), default=-math.inf)
+    def _note_passed(self, passed: list[Entry], reading: list[tuple[Entry, int]]) -> None:
+        last = max((entry.key for entry, _ in reading), default=-math.inf)
         for entry in passed:
             if entry.key < last:
                 entry.passed_steps += 1
@@ -250,7 +282,8 @@ class Scheduler:
         left = entry.tokens - entry.read
         if not entry.chunkable:
             return left if left <= budget or must_read else 0
-        tokens, multiple = min(left, budget, self.limits.prefill_chunk_tokens), entry.chunk_multiple
+        multiple = entry.chunk_multiple
+        tokens = min(left, budget, max(self.limits.prefill_chunk_tokens, multiple))
         if tokens < left:
             tokens = (entry.read + max(tokens, 0)) // multiple * multiple - entry.read
         if tokens <= 0:

@@ -61,7 +61,11 @@ class Settings(BaseSettings):
     max_running: Positive = Field(64, le=1024, description="sequences that hold a cache at once")
     step_tokens: int = Field(1024, ge=128, le=1 << 20, description="token budget of one engine step")
     prefill_chunk_tokens: int = Field(
-        512, ge=128, le=1 << 20, description="most tokens of one prompt in one step; chunks end at each 128th"
+        512,
+        ge=128,
+        le=1 << 20,
+        description="most tokens of one prompt in one step; chunks end at query tiles (128, or the "
+        "backend's own where larger, which is read whole even if it exceeds this)",
     )
     memory_limit_bytes: Positive | None = Field(
         None, description="bytes that requests may hold; half the memory"

@@ -5,11 +5,11 @@
 
 kmax, kmin: coordinate-wise greatest and least key of the page, a block of ``block_size`` keys. For one row
 this is Quest's order (Tang et al., arXiv 2406.10774, section 3.3). A tile also sees its own keys, always, and
-the first page is chosen before all others: many models rest most of a row's mass on the first token, and over
-a whole tile bounds lose it now and then.
-Cost O(N^2 / block_size + N budget) time, O(N) memory. A decode step reads 2 / block_size of K for the bounds,
-half as much again for the means of what it leaves out (both are kept from step to step), and the keys that it
-keeps. Accumulates in fp32, returns q's dtype.
+the first page is chosen before all others of finite bounds: many models rest most of a row's mass on the
+first token, and over a whole tile bounds lose it now and then.
+Cost O(N^2 / block_size + N budget) time; O(N) memory, and N M / (query_tile block_size) scores of pages. A
+decode step reads 2 / block_size of K for the bounds, half as much again for the means of what it leaves out
+(both are kept from step to step), and the keys that it keeps. Accumulates in fp32, returns q's dtype.
 
 When not to use it: for prefill where ``xattention`` finds the same mass with fewer blocks: over many rows
 bounds are loose. Short documents, where reading everything costs less than choosing.
@@ -27,9 +27,12 @@ from kernels.math.block_lists import BlockLists
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
 from kernels.math.selected_row import runs_as_row, selected_row
-from kernels.math.selection import BlockScores, BudgetParams
+from kernels.math.selection import ABOVE_ALL, BlockScores, BudgetParams
 from kernels.math.summaries import Summary
 from kernels.math.workspace import block_scores, most_keys, selected_blocks
+
+_PRODUCTS = 2
+"""Products of D numbers that a bound takes."""
 
 
 class PagesParams(BudgetParams):
@@ -54,22 +57,21 @@ def _score(one: OneSequence, params: PagesParams) -> BlockScores:
     tiles, bounds = one.tiles, one.summary.bounds
     candidates = tiles.candidates()
     mass = bounds.new_zeros(len(bounds), tiles.num_tiles, tiles.num_blocks)
-    widths = (candidates * torch.arange(1, tiles.num_blocks + 1)).amax(-1).tolist()
+    widths, scored = (candidates * torch.arange(1, tiles.num_blocks + 1)).amax(-1).tolist(), 0
     for tile, width in enumerate(widths):
         if width:
             own = None if one.call.causal else ~candidates[tile, :width].to(bounds.device)
             upper = _upper_bounds(one.q[:, :, tiles.rows(tile)], bounds[:, :width], one.call.scale)
             mass[:, tile, :width] = _mean_softmax(upper, own)
-    return BlockScores(_first_page_first(mass).cpu())
+            scored += _PRODUCTS * upper.numel()
+    return BlockScores(mass.cpu(), first_block=True, scored=scored)
 
 
-def _score_row(q: Tensor, known: Summary, scale: float) -> Tensor:
-    return _first_page_first(_mean_softmax(_upper_bounds(q, known.bounds, scale)))
-
-
-def _first_page_first(mass: Tensor) -> Tensor:
-    mass[..., :1] = math.inf
-    return mass
+def _score_row(q: Tensor, known: Summary, scale: float) -> tuple[Tensor, int]:
+    upper = _upper_bounds(q, known.bounds, scale)
+    mass = _mean_softmax(upper)
+    mass[:, :1].clamp_(min=ABOVE_ALL)
+    return mass, _PRODUCTS * upper.numel()
 
 
 def _upper_bounds(q: Tensor, bounds: Tensor, scale: float) -> Tensor:
@@ -97,7 +99,7 @@ def _mean_softmax(upper: Tensor, own: Tensor | None = None) -> Tensor:
 def _score_slowly(one: OneSequence, params: PagesParams) -> BlockScores:
     """Bound by bound, from the equation."""
     tiles, (heads, group) = one.tiles, one.q.shape[:2]
-    candidates = tiles.candidates()
+    candidates, scored = tiles.candidates(), 0
     mass = one.q.new_zeros(heads, tiles.num_tiles, tiles.num_blocks)
     for tile in range(tiles.num_tiles):
         pages = candidates[tile].nonzero()[:, 0].tolist()
@@ -112,9 +114,8 @@ def _score_slowly(one: OneSequence, params: PagesParams) -> BlockScores:
                     torch.stack([u for u, bad in zip(upper, broken, strict=True) if not bad], -1), -1
                 )
                 mass[head, tile, sound] = weights.sum((0, 1)) / (group * rows.shape[1])
-            if 0 in pages:
-                mass[head, tile, 0] = math.inf
-    return BlockScores(mass)
+            scored += _PRODUCTS * group * rows.shape[1] * len(pages)
+    return BlockScores(mass, first_block=True, scored=scored)
 
 
 def _upper_bound(rows: Tensor, one: OneSequence, head: int, page: int) -> Tensor:
@@ -131,6 +132,7 @@ def workspace(params: PagesParams, shape: CallShape) -> Workspace:
         query_tile=T,
         block_size=L,
         budget_keys=most_keys(params.budget),
+        remainder=params.remainder,
         scoring_bytes=block_scores(shape, T, L, columns=shape.num_keys // L, copies=2),
     )
 

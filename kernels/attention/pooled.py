@@ -11,8 +11,8 @@ logit. So a single key that takes most of a row's mass, as the first token does 
 without a rule of its own.
 Decode: the row is its own mean. Every key is read to choose (the values only of what is kept), the choice is
 ``topk``'s, and what it drops is known exactly.
-Cost O(N^2 D / pool_rows) for the scores, O(N budget D) for the attention; O(N) memory. Accumulates in fp32,
-returns q's dtype.
+Cost O(N^2 D / pool_rows) for the scores, O(N budget D) for the attention; O(N) memory, and N M / (query_tile
+block_size) scores of blocks. Accumulates in fp32, returns q's dtype.
 
 When not to use it: below some thousands of keys, where exact attention costs no more; where neighbouring rows
 look for different things, whose mean looks for neither (a smaller ``pool_rows`` helps); to make decode
@@ -67,7 +67,7 @@ def _slow_scores(one: OneSequence, params: PooledParams) -> BlockScores:
     tiles, (Hk, G, _, _) = one.tiles, one.q.shape
     mass = one.q.new_zeros(Hk, tiles.num_tiles, tiles.num_blocks)
     own = one.q.new_zeros(Hk, tiles.num_tiles)
-    candidates = tiles.candidates()
+    candidates, scored = tiles.candidates(), 0
     for head in range(Hk):
         for tile in range(tiles.num_tiles):
             groups = _groups_of_tile(one, tile, params.pool_rows)
@@ -76,12 +76,13 @@ def _slow_scores(one: OneSequence, params: PooledParams) -> BlockScores:
                 for query in one.q[head]:
                     shares = _group_shares(one, query[rows], head, tiles.start + rows[-1])
                     keys[: len(shares)] += shares
+                    scored += len(shares)
             keys /= len(groups) * G
             for block in candidates[tile].nonzero()[:, 0].tolist():
                 mass[head, tile, block] = keys[block * tiles.block : (block + 1) * tiles.block].sum()
                 keys[block * tiles.block : (block + 1) * tiles.block] = 0.0
             own[head, tile] = keys.sum()
-    return BlockScores(mass, own)
+    return BlockScores(mass, own, scored=scored)
 
 
 def _groups_of_tile(one: OneSequence, tile: int, pool_rows: int) -> list[list[int]]:
@@ -109,6 +110,7 @@ def workspace(params: PooledParams, shape: CallShape) -> Workspace:
         query_tile=params.query_tile,
         block_size=params.block_size,
         budget_keys=most_keys(params.budget),
+        remainder=params.remainder,
         scoring_bytes=scoring_bytes(shape, params.query_tile, params.block_size, params.pool_rows),
     )
 

@@ -4,8 +4,8 @@
     mass_b = mean over the tile's rows and the group's heads of sum_{j in b} softmax_j(scale <q_i, k_j>)
 
 Every logit of the call is computed to choose, so that it costs more than ``exact`` and its choice is the best
-that blocks of this size can do for the mass kept; what is dropped is known exactly. Cost O(N^2 D) time, O(N)
-memory. Accumulates in fp32, returns q's dtype.
+that blocks of this size can do for the mass kept; what is dropped is known exactly. Cost O(N^2 D) time; O(N)
+memory, and N M / (query_tile block_size) scores of blocks. Accumulates in fp32, returns q's dtype.
 
 When not to use it: to save time. It tells how much of another backend's error is its choice and how much is
 the blocks' size.
@@ -52,7 +52,7 @@ def _scores(one: OneSequence, params: TopKParams) -> BlockScores:
     tiles, (Hk, G, _, _) = one.tiles, one.q.shape
     num_blocks = -(-tiles.num_keys // tiles.block)
     shares = one.q.new_zeros(Hk, tiles.num_tiles, num_blocks)
-    lse = one.q.new_empty(one.q.shape[:3])
+    lse, scored = one.q.new_empty(one.q.shape[:3]), 0
     for head in range(Hk):
         keys = one.k[head].to(one.q.dtype) * one.call.scale
         for tile in range(tiles.num_tiles):
@@ -60,10 +60,12 @@ def _scores(one: OneSequence, params: TopKParams) -> BlockScores:
             for some in _rows_at_once(one, rows):
                 blocks, lse[head, :, some] = _add_rows(one, head, keys, some)
                 shares[head, tile, : len(blocks)] += blocks
+                scored += G * (some.stop - some.start) * _stop(one, some)
             shares[head, tile] /= G * (rows.stop - rows.start)
     shares, candidates = shares.cpu(), torch.zeros(shares.shape[1:], dtype=torch.bool)
     candidates[:, : tiles.num_blocks] = tiles.candidates()
-    return BlockScores(shares[..., : tiles.num_blocks], shares.masked_fill(candidates, 0.0).sum(-1), lse)
+    own = shares.masked_fill(candidates, 0.0).sum(-1)
+    return BlockScores(shares[..., : tiles.num_blocks], own, lse, scored=scored)
 
 
 def _rows_at_once(one: OneSequence, rows: slice) -> list[slice]:
@@ -71,11 +73,16 @@ def _rows_at_once(one: OneSequence, rows: slice) -> list[slice]:
     return [slice(a, min(a + most, rows.stop)) for a in range(rows.start, rows.stop, most)]
 
 
+def _stop(one: OneSequence, rows: slice) -> int:
+    """Where the keys end that the last of the rows sees: their logits are computed for all of them."""
+    return one.tiles.start + rows.stop if one.tiles.causal else one.tiles.num_keys
+
+
 def _add_rows(one: OneSequence, head: int, keys: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Mass of each block summed over the rows and the group's heads, NaN where a logit is not finite; and the
     rows' log-sum-exp [G, R]."""
     tiles = one.tiles
-    stop = tiles.start + rows.stop if tiles.causal else tiles.num_keys
+    stop = _stop(one, rows)
     logits = one.q[head, :, rows] @ keys[:stop].mT
     broken = None if math.isfinite(float(logits.sum())) else ~torch.isfinite(logits)
     if tiles.causal:
@@ -98,7 +105,7 @@ def _slow_scores(one: OneSequence, params: TopKParams) -> BlockScores:
     tiles, (Hk, G, _, _) = one.tiles, one.q.shape
     mass = one.q.new_zeros(Hk, tiles.num_tiles, tiles.num_blocks)
     own = one.q.new_zeros(Hk, tiles.num_tiles)
-    candidates = tiles.candidates()
+    candidates, scored = tiles.candidates(), 0
     for head in range(Hk):
         for tile in range(tiles.num_tiles):
             rows = range(tiles.borders[tile], tiles.borders[tile + 1])
@@ -110,12 +117,13 @@ def _slow_scores(one: OneSequence, params: TopKParams) -> BlockScores:
                     broken = ~torch.isfinite(logits)
                     weights = torch.softmax(logits.masked_fill(broken, -math.inf), -1)
                     mean[:seen] += weights.masked_fill(broken, math.nan)
+                    scored += seen
             mean /= len(rows) * G
             for block in candidates[tile].nonzero()[:, 0].tolist():
                 mass[head, tile, block] = mean[block * tiles.block : (block + 1) * tiles.block].sum()
                 mean[block * tiles.block : (block + 1) * tiles.block] = 0.0
             own[head, tile] = mean.sum()
-    return BlockScores(mass, own)
+    return BlockScores(mass, own, scored=scored)
 
 
 def workspace(params: TopKParams, shape: CallShape) -> Workspace:
@@ -129,6 +137,7 @@ def workspace(params: TopKParams, shape: CallShape) -> Workspace:
         query_tile=params.query_tile,
         block_size=params.block_size,
         budget_keys=most_keys(params.budget),
+        remainder=params.remainder,
         scoring_bytes=3 * logits + keys + table + shape.num_heads * shape.num_rows * _FP32,
     )
 

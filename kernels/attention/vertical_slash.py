@@ -40,7 +40,7 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.masked import masked_attention
-from kernels.math.per_layer import Count, count_of_layer, count_problems, largest_count
+from kernels.math.per_layer import Count, largest, of_layer, size_problems
 from kernels.math.query_tiles import QueryTiles, query_tiles
 from kernels.math.spans import add_spans, plan_for
 from kernels.math.vertical_slash import Chooser, choice_bytes, place_of
@@ -77,14 +77,14 @@ class VerticalSlashParams(Params):
         return [
             problem
             for name in ("num_verticals", "num_slashes")
-            for problem in count_problems(name, getattr(self, name), num_layers, num_kv_heads)
+            for problem in size_problems(name, getattr(self, name), num_layers, num_kv_heads)
         ]
 
     def numbers(self, layer: int, num_kv_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Verticals and slashes of one layer, an entry per key head. ValueError where lists do not fit."""
         return (
-            count_of_layer("num_verticals", self.num_verticals, layer, num_kv_heads),
-            count_of_layer("num_slashes", self.num_slashes, layer, num_kv_heads),
+            of_layer("num_verticals", self.num_verticals, layer, num_kv_heads),
+            of_layer("num_slashes", self.num_slashes, layer, num_kv_heads),
         )
 
 
@@ -127,6 +127,7 @@ def _add_sequence(
         choice = chooser.choose(acc.q[b, :, :, at], place)
         dropped[:, :, at] = choice.dropped_by_row(place).to(dropped)[:, None]
         acc.selection_s += perf_counter() - began
+        acc.scored += choice.scored
         more_kept, more_computed = add_choice(tile_rows(acc, b, at), k, v, place, choice)
         kept, computed = kept + more_kept, computed + more_computed
     acc.complete(kept, computed)
@@ -161,7 +162,7 @@ def _joined(answers: Sequence[AttentionResult], dropped: Tensor) -> AttentionRes
 def workspace(params: VerticalSlashParams, shape: CallShape) -> Workspace:
     """Own keys, then for one tile at a time the probe's scores, and the panels of what it chose."""
     own = spans(shape, params.query_tile, params.query_tile, num_masks=2)
-    most = largest_count(params.num_verticals), largest_count(params.num_slashes)
+    most = largest(params.num_verticals), largest(params.num_slashes)
     extra = choice_bytes(shape, params.query_tile, params.block_size, params.probe_rows)
     extra += part_bytes(shape, params.query_tile, params.block_size, *most)
     return Workspace(own.live_bytes + extra, shared_bytes=own.shared_bytes)

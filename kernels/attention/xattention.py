@@ -9,8 +9,8 @@ tile's own keys are always kept, and decode reads one key in ``stride`` to choos
 first block is chosen before all others (under ``mass``: always). Many models rest most of a row's mass on the
 first token, a single key that a cell's mean does not show, and without it all other weights come out too
 large.
-Cost O(N^2 D / stride) for the scores, O(N budget D) for the attention; O(N) memory. Accumulates in fp32,
-returns q's dtype.
+Cost O(N^2 D / stride) for the scores, O(N budget D) for the attention; O(N) memory, and N M / (query_tile
+block_size) scores of blocks. Accumulates in fp32, returns q's dtype.
 
 When not to use it: below some thousands of keys, where exact attention costs no more; where single keys
 matter that stand alone in their block (a larger stride averages them away).
@@ -63,13 +63,14 @@ def _slow_scores(one: OneSequence, params: XAttentionParams) -> BlockScores:
     """Group by group, cell by cell; and the first block before all others."""
     mass = one.q.new_zeros(len(one.k), one.tiles.num_tiles, one.tiles.num_blocks)
     own = one.q.new_zeros(mass.shape[:2])
-    candidates = one.tiles.candidates()
+    candidates, scored = one.tiles.candidates(), 0
     for head in range(len(one.k)):
         for tile in range(one.tiles.num_tiles):
             groups = _groups_of_tile(one, tile, params.stride)
             for rows in groups:
                 for q in one.q[head]:
                     shares = _group_shares(one, q, head, rows, params.stride)
+                    scored += len(rows) * len(shares)
                     for cell, share in enumerate(shares):
                         block = cell * params.stride // one.tiles.block
                         if block < one.tiles.num_blocks and candidates[tile, block]:
@@ -78,7 +79,7 @@ def _slow_scores(one: OneSequence, params: XAttentionParams) -> BlockScores:
                             own[head, tile] += share
             mass[head, tile] /= len(groups) * one.q.shape[1]
             own[head, tile] /= len(groups) * one.q.shape[1]
-    return BlockScores(mass, own, first_block=True)
+    return BlockScores(mass, own, first_block=True, scored=scored)
 
 
 def _groups_of_tile(one: OneSequence, tile: int, stride: int) -> list[list[int]]:
@@ -110,6 +111,7 @@ def workspace(params: XAttentionParams, shape: CallShape) -> Workspace:
         query_tile=params.query_tile,
         block_size=params.block_size,
         budget_keys=most_keys(params.budget),
+        remainder=params.remainder,
         scoring_bytes=scoring_bytes(shape, params.query_tile, params.block_size, params.stride),
     )
 

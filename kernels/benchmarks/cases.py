@@ -12,10 +12,10 @@ from kernels.api import backend_names, parse_params
 from kernels.contract import Call, Params
 from kernels.registry import load
 
-REFERENCE_MAX_LENGTH = 2048
-"""Impl ``reference`` builds dense masks: O(N^2) memory."""
+REFERENCE_MAX_LENGTH = 1024
+"""Impl ``reference`` builds dense masks, O(N^2) memory: it is there to check, its time is told once."""
 
-_MAX_LENGTH = {"topk": 16384}
+_MAX_LENGTH = {"topk": 8192}
 """Backends that compute every logit to choose: never fast, so not worth minutes at the longest lengths."""
 
 Shape = tuple[int, int, int]

@@ -1,7 +1,9 @@
 """Decode: one query at the last of M positions, as a model's step over its cache asks for it.
 
 Calls go through ``attend_packed``; block summaries are handed in and already know the cache's whole blocks,
-as they do from step to step. Times are medians of turns with torch's dense SDPA over all M keys.
+as they do from step to step. Every call repeats the same step at the same position, so plans kept per
+position, and draws kept per seed, are warm: a model's next step stands one position further and makes its
+plan anew, which these times leave out. Times are medians of turns with torch's dense SDPA over all M keys.
 """
 
 from __future__ import annotations

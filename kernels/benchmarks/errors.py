@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from kernels.api import attend
-from kernels.benchmarks.cases import REFERENCE_MAX_LENGTH, Case
+from kernels.benchmarks.cases import Case
 from kernels.benchmarks.inputs import Tensors
 from kernels.registry import load
 
 _STRETCHES = 4
 _ROWS = 8
+_WHOLE_PROMPT_UP_TO = 2048
 _TWO_TILES_UP_TO = 4096
 _ONE_TILE_UP_TO = 16384
 _EXACT_ROWS = 64
@@ -69,7 +70,7 @@ def _samples(case: Case) -> Iterator[slice]:
         return
     selection = load(case.backend).capabilities.selection
     if selection == "prompt":
-        if case.N <= REFERENCE_MAX_LENGTH:
+        if case.N <= _WHOLE_PROMPT_UP_TO:
             yield slice(0, case.N)
         return
     if selection != "tile":

@@ -153,7 +153,8 @@ def _classified(keep: Pairs, block: int, N: int) -> tuple[Tensor, Tensor]:
     for b in range(count):
         i = torch.arange(b * block, (b + 1) * block, dtype=torch.int32)[:, None]
         kept = torch.unflatten(keep(i, j).expand(block, -1) & (j < N), 1, (count, block))
-        touched[0, b], whole[0, b] = kept.any(2).any(0), kept.all(2).all(0)
+        within = kept[: N - b * block]  # rows beyond the last are no rows of the call
+        touched[0, b], whole[0, b] = within.any(2).any(0), kept.all(2).all(0)
     return touched, whole
 
 

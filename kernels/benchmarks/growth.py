@@ -1,7 +1,8 @@
 """How time and work grow with the length, and from which length a backend is faster than dense attention.
 
 exponent = least-squares slope of log t on log N over N >= 4096       t ~ N ** exponent
-crossover: log ratio is taken as linear in log N between two benched lengths; ratio 1 is the crossing
+crossover: log ratio is taken as linear in log N between two benched lengths; ratio 1 is the crossing, told
+           only where the longest length is faster by more than ``NOISE``
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from kernels.benchmarks.rows import Row
 from kernels.registry import load
 
 FIT_FROM = 4096
+NOISE = 1.05
+"""Ratios of one run between this and its inverse tell nothing."""
 DENSE = "dense SDPA"
+ITSELF = "itself"
 Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Growth:
     """Of one backend at one shape and direction. None: fewer than two lengths from 4,096 on, or no crossing;
-    ``crossover_note`` then says on which side."""
+    ``crossover_note`` then says on which side. ``dense_extrapolated``: dense SDPA's exponent, or the
+    crossover, rests on a dense time that was extrapolated."""
 
     backend: str
     impl: str
@@ -37,6 +42,7 @@ class Growth:
     fitted_lengths: tuple[int, ...]
     crossover_length: float | None
     crossover_note: str
+    dense_extrapolated: bool
 
 
 def exponent(points: Points) -> float | None:
@@ -49,12 +55,16 @@ def exponent(points: Points) -> float | None:
 
 
 def crossover(ratios: Points) -> tuple[float | None, str]:
-    """From which length on every ratio to dense is above 1: ratios by ascending length, at least one."""
+    """From which length on every ratio to dense is above 1: ratios by ascending length, at least one. A
+    longest length within ``NOISE`` of dense has no crossover: another run may turn it round."""
+    longest, last = ratios[-1]
+    if last < 1 / NOISE:
+        return None, f"not faster at {longest}, the longest"
+    if last <= NOISE:
+        return None, f"within noise of dense at {longest}, the longest"
     slower = [number for number, (_, ratio) in enumerate(ratios) if ratio <= 1]
     if not slower:
         return None, f"faster from {ratios[0][0]} on, the shortest"
-    if slower[-1] == len(ratios) - 1:
-        return None, f"not faster at {ratios[-1][0]}, the longest"
     (before, below), (after, above) = list(pairwise(ratios))[slower[-1]]
     weight = math.log(below) / (math.log(below) - math.log(above))
     return math.exp(math.log(before) + weight * (math.log(after) - math.log(before))), ""
@@ -79,8 +89,9 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 def _of_one(rows: Sequence[Row]) -> Growth:
     rows = sorted(rows, key=lambda row: row.length)
-    length, note = crossover([(row.length, row.ratio_to_dense) for row in rows])
     one = rows[0]
+    ratios = [(row.length, row.ratio_to_dense) for row in rows]
+    length, note = (None, ITSELF) if one.backend == "exact" else crossover(ratios)
     return Growth(
         one.backend,
         one.impl,
@@ -93,7 +104,14 @@ def _of_one(rows: Sequence[Row]) -> Growth:
         tuple(row.length for row in rows if row.length >= FIT_FROM),
         length,
         note,
+        note != ITSELF and _rests_on_extrapolated(rows, length),
     )
+
+
+def _rests_on_extrapolated(rows: Sequence[Row], length: float | None) -> bool:
+    """Whether a crossover at ``length``, or that there is none, was found with an extrapolated dense time."""
+    timed = [row.length for row in rows if not row.dense_extrapolated]
+    return len(timed) < len(rows) and (length is None or length > max(timed, default=0))
 
 
 def _dense(rows: Sequence[Row]) -> Growth:
@@ -102,5 +120,16 @@ def _dense(rows: Sequence[Row]) -> Growth:
     fitted = tuple(N for N in times if N >= FIT_FROM)
     one = rows[0]
     return Growth(
-        DENSE, "", "", one.shape, one.causal, exponent(list(times.items())), None, 2.0, fitted, None, "itself"
+        backend=DENSE,
+        impl="",
+        params="",
+        shape=one.shape,
+        causal=one.causal,
+        time_exponent=exponent(list(times.items())),
+        pairs_exponent=None,
+        documented_exponent=2.0,
+        fitted_lengths=fitted,
+        crossover_length=None,
+        crossover_note=ITSELF,
+        dense_extrapolated=any(row.dense_extrapolated for row in rows if row.length in fitted),
     )

@@ -1,8 +1,9 @@
 """Times on a machine that drifts: contenders take turns, the median of each is reported.
 
 Every contender is called once before the rounds. One whose call takes longer than ``LONG_MS`` is not called
-again: that first call is its time. The others get as many rounds as fit into a budget of seconds, within
-bounds, and turns spread evenly over all rounds.
+again: that first call is its time (a baseline is called once more up to ``twice_up_to_ms``, and both count).
+The others get as many rounds as fit into a budget of seconds, within bounds, and turns spread evenly over all
+rounds.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class Budget:
 
 @dataclass
 class Contender:
-    """``run`` is timed; ``prepares``: its first call prepares the later ones and says nothing about them."""
+    """``run`` is timed; ``prepares``: its first call prepares the later ones and says nothing about them;
+    ``twice_up_to_ms``: a long call of at most that much is timed twice."""
 
     run: Callable[[], Any]
     prepares: bool = False
+    twice_up_to_ms: float = 0.0
     times_ms: list[float] = field(default_factory=list)
     selections_ms: list[float] = field(default_factory=list)
     rounds: int = 0
@@ -76,6 +79,7 @@ class Contender:
             spent_ms, value = self.call()
         if spent_ms > LONG_MS:
             self._keep(spent_ms, stats_of(value))
+            self.rounds = 1 if spent_ms <= self.twice_up_to_ms else 0
         else:
             self.rounds = budget.rounds(spent_ms)
         return value

@@ -9,6 +9,7 @@ from kernels.benchmarks.dense import Dense
 from kernels.benchmarks.errors import OwnError
 from kernels.benchmarks.measure import Contender
 from kernels.contract import Stats
+from kernels.math.dense import computed_elements
 
 NOT_ASKED_FOR = "not asked for"
 
@@ -18,7 +19,9 @@ class Row:
     """Ratios are dense or FlexAttention time over ours: above 1 we are faster. None: not measured.
 
     ``selection_ms`` is the median of the timed calls, ``first_selection_ms`` the first call's (fixed patterns
-    keep their plans). ``dense_extrapolated``: timed on the last rows and extrapolated. ``flex_difference``:
+    keep their plans; random ones draw anew in every call, and pairs are the first call's).
+    ``dense_extrapolated``: timed on the last rows and extrapolated. ``dense_rounds``: calls behind
+    ``dense_ms``. ``gflops`` and ``dense_gflops`` count score elements computed. ``flex_difference``:
     largest difference between FlexAttention's answer and ours; ``flex_note``: why there is no time.
     ``peak_bytes``: of one call beyond its inputs, its answer included. ``max_abs_error`` and
     ``error_to_exact``: see ``kernels.benchmarks.errors``.
@@ -38,6 +41,7 @@ class Row:
     share_of_sgemm: float
     dense_ms: float
     dense_extrapolated: bool
+    dense_rounds: int
     dense_gflops: float
     ratio_to_dense: float
     flex_ms: float | None
@@ -80,6 +84,7 @@ def row(measured: Measured, dense: Dense, sgemm_gflops: float, peak_bytes: int |
     """The line of a case whose rounds are over."""
     case, ours, first, flex = measured.case, measured.contender, measured.first, measured.flex
     flex_ms = flex.contender.time_ms if flex.contender else None
+    dense_pairs = case.H * computed_elements(case.N, case.N, case.causal)
     gflops = 4 * case.D * first.pairs_computed / ours.time_ms / 1e6
     return Row(
         backend=case.backend,
@@ -96,7 +101,8 @@ def row(measured: Measured, dense: Dense, sgemm_gflops: float, peak_bytes: int |
         share_of_sgemm=gflops / sgemm_gflops,
         dense_ms=dense.time_ms,
         dense_extrapolated=dense.parts > 1,
-        dense_gflops=4 * case.D * first.pairs_exact / dense.time_ms / 1e6,
+        dense_rounds=dense.rounds,
+        dense_gflops=4 * case.D * dense_pairs / dense.time_ms / 1e6,
         ratio_to_dense=dense.time_ms / ours.time_ms,
         flex_ms=flex_ms,
         ratio_to_flex=None if flex_ms is None else flex_ms / ours.time_ms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernels.benchmarks.decode import DecodeRow
-from kernels.benchmarks.growth import Growth
+from kernels.benchmarks.growth import DENSE, Growth
 from kernels.benchmarks.record import LeftOut
 from kernels.benchmarks.rows import NOT_ASKED_FOR, Row
 
@@ -33,6 +33,7 @@ _GROWTH_COLUMNS = (
     "params",
     "shape",
     "causal",
+    "fitted on",
     "time",
     "pairs",
     "documented",
@@ -68,7 +69,7 @@ def line(r: Row) -> str:
         f"{r.selection_ms:.1f}",
         f"{r.gflops:.0f}",
         f"{r.share_of_sgemm:.2f}",
-        f"{'~' if r.dense_extrapolated else ''}{r.dense_ms:.0f}",
+        f"{'~' if r.dense_extrapolated else ''}{r.dense_ms:.0f}{' (1 call)' if r.dense_rounds == 1 else ''}",
         f"{r.ratio_to_dense:.2f}",
         _flex(r),
         f"{r.density:.4f}",
@@ -90,7 +91,9 @@ def growth_table(growths: list[Growth]) -> str:
     lines = [_growth_line(growth) for growth in growths]
     return "\n".join(
         [
-            "Exponents of growth from N = 4,096 on, and where each passes dense SDPA",
+            "Exponents of growth from N = 4,096 on, and where each passes dense SDPA by more than 5 % at the "
+            "longest length",
+            "(~: with a dense time that was extrapolated)",
             "",
             _growth_head(),
             *lines,
@@ -117,22 +120,36 @@ def decode_line(r: DecodeRow) -> str:
 
 
 def _growth_head() -> str:
-    return _head(_GROWTH_COLUMNS, num_words=5)
+    return _head(_GROWTH_COLUMNS, num_words=6)
 
 
 def _growth_line(g: Growth) -> str:
     crossing = g.crossover_note if g.crossover_length is None else f"{g.crossover_length:.0f}"
+    of_dense = g.backend == DENSE
+    about = "~" if g.dense_extrapolated else ""
     return _line(
         g.backend,
         g.impl or "-",
         g.params or "-",
         g.shape,
         _yes(g.causal),
-        _exponent(g.time_exponent),
+        _fitted(g.fitted_lengths),
+        ("" if g.time_exponent is None or not of_dense else about) + _exponent(g.time_exponent),
         _exponent(g.pairs_exponent),
         f"{g.documented_exponent:g}",
-        crossing,
+        crossing if of_dense else about + crossing,
     )
+
+
+def _fitted(lengths: tuple[int, ...]) -> str:
+    """As in "4k-16k (3)"; a fit needs two lengths."""
+    if len(lengths) < 2:
+        return "-"
+    return f"{_thousands(lengths[0])}-{_thousands(lengths[-1])} ({len(lengths)})"
+
+
+def _thousands(length: int) -> str:
+    return str(length) if length % 1024 else f"{length // 1024}k"
 
 
 def _exponent(value: float | None) -> str:

@@ -19,7 +19,8 @@ from kernels.math.merge import merge_into
 class Accumulator:
     """q [B, Hk, G, N, D], out [B, Hk, G, N, Dv], lse [B, Hk, G, N] in the accumulator's dtype; and the tally.
 
-    ``kept``, ``computed`` and ``dense`` count pairs as ``Stats`` says, over all heads and batch entries.
+    ``kept``, ``computed``, ``dense`` and ``scored`` count pairs as ``Stats`` says, over all heads and batch
+    entries.
     """
 
     q: Tensor
@@ -32,6 +33,7 @@ class Accumulator:
     kept: int = 0
     computed: int = 0
     dense: int = 0
+    scored: int = 0
     selection_s: float = 0.0
 
     @property
@@ -70,6 +72,7 @@ class Accumulator:
             kept=0,
             computed=0,
             dense=0,
+            scored=0,
             selection_s=0.0,
         )
 
@@ -95,6 +98,7 @@ def result(
         impl=impl,
         pairs_dense=acc.dense,
         dropped_mass=None if dropped is None else float(dropped.mean()),
+        pairs_scored=acc.scored,
     )
     rows_dropped = None if dropped is None else dropped.flatten(1, 2).float()
     return AttentionResult(

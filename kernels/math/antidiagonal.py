@@ -79,20 +79,27 @@ def antidiagonal_scores(one: OneSequence, stride: int) -> BlockScores:
     num_keys = one.tiles.start + num_rows if one.tiles.causal else one.tiles.num_keys
     grid = _Grid(one.tiles, stride, num_rows, num_keys)
     if num_rows == 1:
-        return _scores(one, grid, _by_block(grid, *_row_shares(one, grid)))
-    num_blocks = -(-num_keys // one.tiles.block)
+        num_read = len(range(_first_read(grid), num_keys, stride))
+        scored = len(one.k) * one.q.shape[1] * num_read
+        return _scores(one, grid, _by_block(grid, *_row_shares(one, grid)), scored)
+    num_blocks, scored = -(-num_keys // one.tiles.block), 0
     shares = one.q.new_zeros(len(one.k), one.tiles.num_tiles, num_blocks)
     for head in range(len(one.k)):
         for groups in _group_runs(grid, one.q.shape[1], one.q.element_size()):
             _add_run(one, grid, head, groups, shares[head])
-    return _scores(one, grid, shares)
+            scored += one.q.shape[1] * len(groups) * grid.cells_seen(groups[-1]) * stride
+    return _scores(one, grid, shares, scored)
+
+
+def _first_read(grid: _Grid) -> int:
+    """The first key that a single row reads: one of each cell."""
+    return grid.stride - 1 - grid.tiles.start % grid.stride
 
 
 def _row_shares(one: OneSequence, grid: _Grid) -> tuple[Tensor, Tensor]:
     """A single row's group reads one key of each cell: [Hk, 1, cells] summed over the group's heads, and what
     was not finite."""
-    across = grid.stride - 1 - grid.tiles.start % grid.stride
-    keys = one.k[:, across : grid.num_keys : grid.stride].to(one.q.dtype)
+    keys = one.k[:, _first_read(grid) : grid.num_keys : grid.stride].to(one.q.dtype)
     logits = torch.bmm(one.q[:, :, 0] * one.call.scale, keys.mT)
     logits = F.pad(logits, (0, grid.num_cells - logits.shape[-1]))
     broken = _put_aside(logits)
@@ -181,14 +188,15 @@ def _by_block(grid: _Grid, cells: Tensor, broken: Tensor | None) -> Tensor:
     return torch.unflatten(F.pad(cells, (0, -cells.shape[-1] % per_block)), -1, (-1, per_block)).sum(-1)
 
 
-def _scores(one: OneSequence, grid: _Grid, sums: Tensor) -> BlockScores:
+def _scores(one: OneSequence, grid: _Grid, sums: Tensor, scored: int) -> BlockScores:
     """Sums of blocks [Hk, num_tiles, blocks], cut ones too, as means, parted into candidates and own keys.
 
     Divided at the end: where a softmax is all or nothing the sums are whole numbers, and ties stay ties.
     """
     blocks = sums.cpu() / (torch.bincount(grid.tile_of_group()) * one.q.shape[1])[:, None]
     candidates = F.pad(one.tiles.candidates(), (0, blocks.shape[-1] - one.tiles.num_blocks))
-    return BlockScores(blocks[..., : one.tiles.num_blocks], blocks.masked_fill(candidates, 0.0).sum(-1))
+    own = blocks.masked_fill(candidates, 0.0).sum(-1)
+    return BlockScores(blocks[..., : one.tiles.num_blocks], own, scored=scored)
 
 
 def scoring_bytes(shape: CallShape, query_tile: int, block_size: int, stride: int) -> int:

@@ -49,7 +49,8 @@ class BlockLists:
         return int((self.counts() * heights).sum()) * self.block
 
     def table(self, num_blocks: int) -> Tensor:
-        """Bool [heads, num_tiles, num_blocks]: for tests and small sizes, never for a computation."""
+        """Bool [heads, num_tiles, num_blocks], of memory like the scores': which blocks are left out is read
+        from it. The attention itself runs on the lists."""
         table = torch.zeros(self.heads * self.num_tiles, num_blocks, dtype=torch.bool)
         owner = torch.repeat_interleave(torch.arange(len(table)), self.counts().flatten())
         table[owner, self.indices.long()] = True

@@ -34,6 +34,8 @@ def without_skipped(
     """
     if not 0.0 <= skip < 1.0:
         raise ValueError(f"skip must lie in 0 <= skip < 1, got {skip}")
+    if skip == 0.0:
+        return lists
     if own is not None and own.borders != lists.borders:
         raise ValueError("own tiles begin and end at other rows than the lists' tiles")
     keep = torch.ones(lists.indices.shape, dtype=torch.bool)

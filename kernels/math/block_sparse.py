@@ -48,12 +48,12 @@ GATHER_ROWS = 25
 """Copying a key and its value into the panel takes as long as computing this many rows against it: 13 where
 the keys are in a cache, 30 to 40 where they are not. With 25 the crossover lies at 0.95 for 256 rows and at
 1.0 for 512, where ``python -m kernels.bench_blocks --sweep --length 4096`` finds it (0.96 and 0.99, one
-thread, 12x12x64); from 600 rows on gathering is cheaper at any share.
+thread, 12x12x64); from about 560 rows on gathering is cheaper at any share.
 """
 VIEW_ELEMENTS = 1 << 19
 """A slice with fewer score elements than this is gathered with others: calls cost more than copies there."""
 VIEW_ROWS = 1 << 14
-"""Rows, over heads, of one call over a view: bounds the part's memory."""
+"""Rows, over heads, of one call: bounds the part's memory."""
 TILE_ROWS = 2048
 """Neighbouring tiles with the same slice are joined up to so many rows."""
 LOOSE_ELEMENTS = 1 << 13
@@ -87,7 +87,7 @@ def add_block_lists(
     Raises ValueError where the lists do not fit the rows, heads or keys.
     """
     _check(acc, lists)
-    if skip > 0.0:
+    if skip != 0.0:
         lists = without_skipped(acc, b, lists, skip, own)
     group = acc.q.shape[1] * acc.q.shape[2] // lists.heads
     for part in common_and_rest(lists, group):
@@ -297,7 +297,8 @@ def _batches(run: _Run, rest: npt.NDArray[np.bool_]) -> Iterator[tuple[Ints, Int
 def _lists_at_once(run: _Run, num: int) -> int:
     acc = run.acc
     width = acc.k.shape[-1] + acc.v.shape[-1]
-    return max(1, PANEL_BYTES // (num * run.block * width * acc.q.element_size()))
+    in_panel = PANEL_BYTES // (num * run.block * width * acc.q.element_size())
+    return max(1, min(in_panel, VIEW_ROWS // (run.group * run.height)))
 
 
 def _add_gathered(run: _Run, batches: list[tuple[Ints, Ints, int]]) -> None:

@@ -54,4 +54,17 @@ def masked_attention(
         impl="reference",
         dropped_mass=None if dropped is None else float(dropped.mean()),
     )
-    return AttentionResult((weights @ values).to(q.dtype), lse.float(), stats, dropped)
+    return AttentionResult(weighted(weights, values, keep).to(q.dtype), lse.float(), stats, dropped)
+
+
+def weighted(weights: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+    """weights [..., N, M] @ values [..., M, Dv] in which a value that is not finite is felt by the rows that
+    keep it alone: ``keep`` as ``weights``, which are 0 elsewhere. (0 * NaN would be NaN in all rows.)"""
+    broken = ~torch.isfinite(values)
+    if not bool(broken.any()):
+        return weights @ values
+    out = weights @ values.masked_fill(broken, 0.0)
+    for j in broken.any(-1).view(-1, values.shape[-2]).any(0).nonzero()[:, 0].tolist():
+        felt = keep[..., j : j + 1] & broken[..., j : j + 1, :]
+        out += (weights[..., j : j + 1] * values[..., j : j + 1, :]).masked_fill_(~felt, 0.0)
+    return out

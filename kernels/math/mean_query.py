@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -49,12 +50,13 @@ def mean_query_scores(one: OneSequence, pool_rows: int) -> BlockScores:
     num_keys = tiles.start + num_rows if tiles.causal else tiles.num_keys
     if num_rows == 1:
         return _one_row(one, groups, num_keys)
-    sums = one.q.new_zeros(Hk, tiles.num_tiles, -(-num_keys // tiles.block))
+    sums, scored = one.q.new_zeros(Hk, tiles.num_tiles, -(-num_keys // tiles.block)), 0
     for head in range(Hk):
         keys = one.k[head, :num_keys].to(one.q.dtype)
         for run in _runs(groups, G * num_keys * one.q.element_size()):
             _add_run(one, groups, head, keys, run, sums[head])
-    return _scores(one, groups, sums)
+            scored += G * len(run) * _seen(groups, run, num_keys)
+    return replace(_scores(one, groups, sums), scored=scored)
 
 
 def _one_row(one: OneSequence, groups: QueryTiles, num_keys: int) -> BlockScores:
@@ -67,7 +69,7 @@ def _one_row(one: OneSequence, groups: QueryTiles, num_keys: int) -> BlockScores
     if broken is not None:
         sums.masked_fill_(broken.any(1, keepdim=True), math.nan)
     scores = _scores(one, groups, _by_block(sums, one.tiles.block))
-    return BlockScores(scores.mass, scores.own, lse[..., None])
+    return replace(scores, lse=lse[..., None], scored=logits.numel())
 
 
 def _runs(groups: QueryTiles, group_bytes: int) -> Iterator[range]:
@@ -81,10 +83,15 @@ def _at_once(group_bytes: int, pool_rows: int) -> int:
     return max(1, min(SCORE_BYTES // group_bytes, ROWS_AT_ONCE // pool_rows))
 
 
+def _seen(groups: QueryTiles, run: range, num_keys: int) -> int:
+    """Keys up to the last that the last of the groups sees."""
+    return groups.start + groups.borders[run.stop] if groups.causal else num_keys
+
+
 def _add_run(one: OneSequence, groups: QueryTiles, head: int, keys: Tensor, run: range, sums: Tensor) -> None:
     """Add what the groups give each block to the sums of their tiles, [num_tiles, blocks]."""
     means = _mean_rows(one.q[head], groups, run).mul_(one.call.scale)
-    seen = groups.start + groups.borders[run.stop] if groups.causal else len(keys)
+    seen = _seen(groups, run, len(keys))
     logits = (means.flatten(0, 1) @ keys[:seen].mT).view(*means.shape[:2], seen)
     weights, broken = _softmax(logits, _later_keys(groups, run, seen, logits.device))  # [groups, G, seen]
     for tile, members in groupby(run, lambda g: _tile_of(groups, one.tiles, g)):

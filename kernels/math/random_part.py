@@ -191,7 +191,8 @@ def _row_blocks(acc: Accumulator, params: RandomParams, base: SpanPattern | None
     drop = repeat.repeat_interleave(L, 1) | (edges >= num_keys)
     for span in _spans(base, torch.tensor([call.start]), num_keys):
         drop |= (edges >= int(span.lo[0])) & (edges < int(span.hi[0]))
-    return edges.clamp(0, num_keys - 1), drop
+    # what does not count is read all the same, at weight 0: it must be a key that the row may see
+    return edges.masked_fill(drop, call.start), drop
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ the mass that a row did not attend to. Cost: one logit for each row and block le
 The gate asks the blocks that *were* attended to how far means can be trusted: o_i is the output over the own
 keys, c_i the one over the chosen blocks, m'_i what the means of the chosen blocks would have given in its
 place. Where heads look for contents that stand everywhere (the first layer), means point away from the truth,
-and merging them does harm that the gate takes back.
+and merging them does harm that the gate takes back. The gate moves ``out`` alone: the log-sum-exp is that of
+the full merge, kept and left out together, under "gated" as under "mean".
 """
 
 from __future__ import annotations
@@ -50,23 +51,32 @@ def add_left_out(
     own: OwnPart | None = None,
 ) -> Tensor:
     """Estimate, for batch entry ``b``, the candidates of ``tiles`` that ``lists`` does not have; with
-    ``merge`` add them to the rows as their means, gated where ``own`` is given. Returns dropped [Hk, G, N] in the accumulator's dtype: 0
-    for a row with nothing left out, which also stays as it is bit for bit, and for one that holds NaN.
-    ``summary`` covers ``tiles.num_blocks``."""
+    ``merge`` add them to the rows as their means, gated where ``own`` is given. Returns dropped [Hk, G, N] in
+    the accumulator's dtype: 0 for a row with nothing left out, which also stays as it is bit for bit; else as
+    ``share_or_bound`` says. A tile reads what ``summary`` (of ``tiles.num_blocks``) has of its candidates."""
     dropped = torch.zeros_like(acc.lse[b])
     if tiles.num_blocks == 0:
         return dropped
-    listed = lists.table(tiles.num_blocks)
-    left_out = tiles.candidates() & ~listed
+    listed, candidates = lists.table(tiles.num_blocks), tiles.candidates()
+    left_out = candidates & ~listed
     widths = (left_out.any(0) * torch.arange(1, tiles.num_blocks + 1)).amax(-1).tolist()
     for tile, width in enumerate(widths):
         if width:
             rows, bias = tiles.rows(tile), _bias(left_out[:, tile, :width], lists.block, acc, b)
             gate = None
             if own is not None:
-                gate = _gate(acc, b, rows, _bias(listed[:, tile], lists.block, acc, b), summary, own)
+                # later blocks have no weight, but 0 * NaN would be felt
+                w = int(candidates[tile].sum()) if tiles.causal else tiles.num_blocks
+                chosen = _bias(listed[:, tile, :w], lists.block, acc, b)
+                gate = _gate(acc, b, rows, chosen, summary.first(w), own)
             dropped[..., rows] = _add_tile(acc, b, rows, bias, summary, merge, gate)
     return dropped
+
+
+def share_or_bound(share: Tensor, lse_kept: Tensor) -> Tensor:
+    """Shares of the mass that are NaN made what is known of them: 0 for a row whose kept log-sum-exp is not
+    finite (what made it so is kept), else 1, for what was left out is not finite."""
+    return torch.where(share.isnan(), lse_kept.isfinite().to(share.dtype), share)
 
 
 def gate(means: Tensor, own: Tensor, kept: Tensor, share: Tensor) -> Tensor:
@@ -115,14 +125,15 @@ def _add_tile(
     # a head that left nothing out: its bias is -inf throughout, and what the softmax made of it is void
     nothing = (bias == -math.inf).all(-1)
     part_lse = part_lse.masked_fill(nothing, -math.inf)
-    dropped = torch.sigmoid(part_lse - lse).masked_fill_(nothing, 0.0)
+    share = torch.sigmoid(part_lse - lse).masked_fill_(nothing, 0.0)
+    dropped = share_or_bound(share, lse)
     if part is not None:
         out = acc.out[b, :, :, rows]
-        weight = dropped.unsqueeze(-1)
+        weight = share.unsqueeze(-1)
         moved = torch.lerp(out, part, weight if gate is None else weight * gate)
         out.copy_(torch.where(nothing.unsqueeze(-1), out, moved))
         lse.copy_(torch.logaddexp(lse, part_lse))
-    return dropped.nan_to_num_(nan=0.0)
+    return dropped
 
 
 def _means(

@@ -22,7 +22,7 @@ from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.block_lists import BlockLists, lists_from_table
 from kernels.math.block_sparse import add_block_lists
 from kernels.math.query_tiles import QueryTiles, query_tiles
-from kernels.math.remainder import OwnPart, add_left_out
+from kernels.math.remainder import OwnPart, add_left_out, share_or_bound
 from kernels.math.selection import BlockScores, Keep, TileParams, choose
 from kernels.math.spans import add_spans, plan_for
 from kernels.math.summaries import BlockSummaries, Summary
@@ -74,10 +74,19 @@ def selected_attention(
         one = _sequence(acc, b, tiles)
         must_score = knows_every_logit and params.skip > 0
         chosen, scores = _timed_choice(acc, one, params, keep, score, must_score)
-        own = OwnPart(acc.out[b].clone(), acc.lse[b].clone()) if params.remainder == "gated" else None
+        own = _own_part(acc, b, params, tiles, chosen)
         listed = add_block_lists(acc, b, chosen, skip=params.skip, own=tiles)
         dropped[b] = _left_out(acc, b, one, listed, params, scores, own)
     return result(acc, q, began, dropped=dropped)
+
+
+def _own_part(
+    acc: Accumulator, b: int, params: TileParams, tiles: QueryTiles, chosen: BlockLists
+) -> OwnPart | None:
+    """The rows as they are now, where a gate will ask for them: blocks may be left out."""
+    if params.remainder != "gated" or not (params.skip > 0 or _leaves_out(tiles, chosen)):
+        return None
+    return OwnPart(acc.out[b].clone(), acc.lse[b].clone())
 
 
 def select_lists(q: Tensor, k: Tensor, v: Tensor, params: P, call: Call, score: Score[P]) -> BlockLists:
@@ -99,6 +108,7 @@ def _timed_choice(
     began = perf_counter()
     made = _choice(one, params, keep, score, must_score)
     acc.selection_s += perf_counter() - began
+    acc.scored += 0 if made[1] is None else made[1].scored
     return made
 
 
@@ -143,7 +153,6 @@ def _leaves_out(tiles: QueryTiles, listed: BlockLists) -> bool:
 
 
 def exact_dropped(lse_kept: Tensor, lse_all: Tensor) -> Tensor:
-    """1 - exp(lse_kept - lse_all): the share of the mass that is not kept. 0 for a row whose log-sum-exp is
-    not finite: what made it so is kept."""
-    share = -torch.expm1(lse_kept - lse_all)
-    return torch.nan_to_num(share, nan=0.0).clamp_(0.0, 1.0)
+    """1 - exp(lse_kept - lse_all): the share of the mass that is not kept; where it is NaN, as
+    ``share_or_bound`` says."""
+    return share_or_bound(-torch.expm1(lse_kept - lse_all), lse_kept).clamp_(0.0, 1.0)

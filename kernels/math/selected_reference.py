@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Call, Stats
 from kernels.math.dense import accumulator_dtype, grouped
-from kernels.math.masked import masked_attention, positions
+from kernels.math.masked import masked_attention, positions, weighted
 from kernels.math.query_tiles import QueryTiles, query_tiles
 from kernels.math.selected import OneSequence, P, Score
 from kernels.math.selection import choose
@@ -54,6 +54,7 @@ def _summed(results: list[AttentionResult], dropped: Tensor) -> Stats:
         pairs_kept=sum(s.pairs_kept for s in stats),
         pairs_exact=sum(s.pairs_exact for s in stats),
         pairs_computed=sum(s.pairs_computed for s in stats),
+        pairs_scored=sum(s.pairs_scored for s in stats),
         selection_ms=sum(s.selection_ms for s in stats),
         compute_ms=sum(s.compute_ms for s in stats),
         dropped_mass=float(dropped.mean()),
@@ -67,7 +68,7 @@ def _one_sequence(
     tiles = query_tiles(call, q.shape[2], k.shape[2], params.query_tile, params.block_size)
     dtype, group = accumulator_dtype(q.dtype), q.shape[1] // k.shape[1]
     one = OneSequence(grouped(q.to(dtype), k.shape[1])[0], k[0], v[0], tiles, call)
-    chosen = _chosen(one, params, score)
+    chosen, scored = _chosen(one, params, score)
     own, visible = _own(tiles, q, k), _visible(tiles, q, k)
     keys = k[0].to(dtype).repeat_interleave(group, 0)
     logits = (q[0].to(dtype) @ keys.mT * call.scale).masked_fill(~visible, -math.inf)
@@ -76,26 +77,31 @@ def _one_sequence(
     keep = own | _by_key(chosen, tiles, group, k.shape[2])
     spent_ms = (perf_counter() - began) * 1e3
     made = masked_attention(q, k, v, keep, call)
-    kept = _Kept(logits.masked_fill(~keep, -math.inf), _left_out(one, chosen, group))
+    kept = _Kept(logits.masked_fill(~keep, -math.inf), keep, _left_out(one, chosen, group))
     lse_dropped = torch.logsumexp(logits.masked_fill(keep, -math.inf) if exact_dropped else kept.means, -1)
-    dropped = torch.sigmoid(lse_dropped - torch.logsumexp(kept.logits, -1)).masked_fill(
-        lse_dropped == -math.inf, 0.0
-    )
-    made = replace(made, dropped=dropped.nan_to_num(nan=0.0)[None].float())
-    made = replace(made, stats=replace(made.stats, selection_ms=spent_ms))
+    made = replace(made, dropped=_dropped(lse_dropped, torch.logsumexp(kept.logits, -1))[None].float())
+    made = replace(made, stats=replace(made.stats, selection_ms=spent_ms, pairs_scored=scored))
     if params.remainder == "none":
         return made
     whole = _with_means(made, kept, one, v, group)
     return whole if params.remainder == "mean" else _gated(made, whole, logits, chosen, one, v, group)
 
 
-def _chosen(one: OneSequence, params: P, score: Score[P]) -> Tensor:
-    """Bool [Hk, num_tiles, num_blocks]."""
+def _dropped(lse_left_out: Tensor, lse_kept: Tensor) -> Tensor:
+    """The left-out share of the mass. Where it is unknown: 0 for a row whose kept part is not finite, else 1
+    (what was left out is not)."""
+    share = torch.sigmoid(lse_left_out - lse_kept).masked_fill(lse_left_out == -math.inf, 0.0)
+    share[share.isnan() & lse_kept.isfinite()] = 1.0
+    return share.nan_to_num(nan=0.0)
+
+
+def _chosen(one: OneSequence, params: P, score: Score[P]) -> tuple[Tensor, int]:
+    """Bool [Hk, num_tiles, num_blocks], and what was scored to choose."""
     candidates = one.tiles.candidates()
     if not candidates.any():
-        return candidates.repeat(len(one.k), 1, 1)
-    keep = params.keep(one.call.layer, len(one.k))
-    return choose(score(one, params), candidates, keep)
+        return candidates.repeat(len(one.k), 1, 1), 0
+    scores = score(one, params)
+    return choose(scores, candidates, params.keep(one.call.layer, len(one.k))), scores.scored
 
 
 def _visible(tiles: QueryTiles, q: Tensor, k: Tensor) -> Tensor:
@@ -142,10 +148,11 @@ def _skipped(logits: Tensor, own: Tensor, chosen: Tensor, tiles: QueryTiles, ski
 
 @dataclass(frozen=True)
 class _Kept:
-    """``logits`` [H, N, M] of the pairs attended, -inf elsewhere; ``means`` [H, N, num_blocks]: the left-out
-    blocks' mean keys with the weight of their L keys, -inf elsewhere."""
+    """``logits`` [H, N, M] of the ``pairs`` attended, -inf elsewhere; ``means`` [H, N, num_blocks]: the
+    left-out blocks' mean keys with the weight of their L keys, -inf elsewhere."""
 
     logits: Tensor
+    pairs: Tensor
     means: Tensor
 
 
@@ -169,7 +176,8 @@ def _with_means(
     vmean = torch.unflatten(whole, 1, (one.tiles.num_blocks, one.tiles.block)).mean(2)
     logits = torch.cat([kept.logits, kept.means], -1)
     both = torch.cat([values, vmean], 1).repeat_interleave(group, 0)
-    out = torch.softmax(logits, -1) @ both
+    attended = torch.cat([kept.pairs, kept.means != -math.inf], -1)
+    out = weighted(torch.softmax(logits, -1), both, attended)
     return replace(made, out=out[None].to(v.dtype), lse=torch.logsumexp(logits, -1)[None].float())
 
 
@@ -213,7 +221,9 @@ def _slope(
     keys = torch.stack([one.k[head // group, piece].to(q.dtype).mean(0) for piece in pieces])
     means = torch.stack([values[piece].mean(0) for piece in pieces])
     predicted = torch.softmax(one.call.scale * q @ keys.mT, -1) @ means
-    from_chosen, from_own = (torch.softmax(x, -1) @ values for x in (by_block, by_own))
+    from_chosen, from_own = (
+        weighted(torch.softmax(x, -1), values, x != -math.inf) for x in (by_block, by_own)
+    )
     share = torch.sigmoid(torch.logsumexp(by_block, -1) - torch.logsumexp(by_own, -1))[:, None]
     fit = share * (predicted - from_own) * (from_chosen - from_own)
     size = share * (predicted - from_own).square()

@@ -20,13 +20,13 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Call, Stats
 from kernels.math.decode import softmax_lse
 from kernels.math.dense import accumulator_dtype, grouped
-from kernels.math.remainder import gate
+from kernels.math.remainder import gate, share_or_bound
 from kernels.math.selection import TileParams
 from kernels.math.summaries import BlockSummaries, Summary
 
-ScoreRow = Callable[[Tensor, Summary, float], Tensor]
-"""q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen; +inf
-for those that are to be kept before all others, never NaN."""
+ScoreRow = Callable[[Tensor, Summary, float], tuple[Tensor, int]]
+"""q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen, +inf
+for those that are to be kept before all others, never NaN; and what they took (``Stats.pairs_scored``)."""
 
 
 def runs_as_row(q: Tensor, k: Tensor, params: TileParams, call: Call) -> bool:
@@ -48,7 +48,8 @@ def selected_row(
     budgets = params.keep(call.layer, k.shape[1]).blocks
     assert budgets is not None
     known = (call.summaries or BlockSummaries()).get(k[0], v[0], L, num_candidates)
-    chosen = best_blocks(score(rows, known, call.scale), budgets[0])
+    scores, scored = score(rows, known, call.scale)
+    chosen = best_blocks(scores, budgets[0])
     selection_s = perf_counter() - began
     own = slice(num_candidates * L, call.start + 1)
     out, lse, dropped = _attend(rows[:, :, 0] * call.scale, k[0], v[0], own, chosen, known, params)
@@ -62,6 +63,7 @@ def selected_row(
         compute_ms=spent_ms - selection_s * 1e3,
         impl="torch",
         dropped_mass=float(dropped.mean()),
+        pairs_scored=scored,
     )
     as_given = (1, q.shape[1], 1)
     return AttentionResult(
@@ -106,17 +108,26 @@ def _attend(
     out.baddbmm_(parts[1], values)
     if params.remainder == "mean":
         out.baddbmm_(parts[2], known.vmean)
-        return out, lse, parts[2].sum(-1).nan_to_num(nan=0.0)
+        return out, lse, _known(parts[2].sum(-1), scores[:2])
     lse_left_out = torch.logsumexp(left_out, -1)
-    dropped = torch.sigmoid(lse_left_out - lse).nan_to_num(nan=0.0)
+    share = torch.sigmoid(lse_left_out - lse)
+    dropped = _known(share, scores[:2])
     if params.remainder == "gated":
         predicted = _over_means(of_chosen, known) if chosen.shape[1] else out
         only_own = torch.bmm(torch.softmax(scores[0], -1), v[:, own].to(q.dtype))
-        rows = (x.unsqueeze(-2) for x in (predicted, only_own, out))
-        g = gate(*rows, parts[1].sum(-1, keepdim=True))[..., 0]
-        out = torch.lerp(out, _over_means(left_out, known), dropped.unsqueeze(-1) * g)
+        m, o, kept = (x.unsqueeze(-2) for x in (predicted, only_own, out))
+        g = gate(m, o, kept, parts[1].sum(-1, keepdim=True))[..., 0]
+        out = torch.lerp(out, _over_means(left_out, known), share.unsqueeze(-1) * g)
         lse = torch.logaddexp(lse, lse_left_out)
     return out, lse, dropped
+
+
+def _known(share: Tensor, kept: list[Tensor]) -> Tensor:
+    """``share_or_bound`` of the left-out share, from the logits that were kept: one pass where all is
+    finite."""
+    if math.isfinite(float(share.sum())):
+        return share
+    return share_or_bound(share, torch.logsumexp(torch.cat(kept, -1), -1))
 
 
 def _over_means(logits: Tensor, known: Summary) -> Tensor:

@@ -125,7 +125,10 @@ class SpanPlan:
 
     @property
     def nbytes(self) -> int:
-        return 200 * sum(1 + len(tile.panels) for part in self.parts for tile in part.tiles)
+        """With the masks, which live as long as a plan that has them, whatever their own cache forgets."""
+        panels = [panel for part in self.parts for tile in part.tiles for panel in tile.panels]
+        masks = {id(panel.mask): panel.mask.nbytes for panel in panels if panel.mask is not None}
+        return 200 * (len(panels) + sum(len(part.tiles) for part in self.parts)) + sum(masks.values())
 
 
 @dataclass(frozen=True)

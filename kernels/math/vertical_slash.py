@@ -120,12 +120,14 @@ class TileChoice:
 
     ``columns`` bool [Hk, num_blocks * L], ``slashes`` bool [Hk, nd] over ``TilePlace.offsets``; a head in
     ``whole`` [Hk] keeps every candidate as a column. ``dropped`` [Hk, nq]: the rest, beyond the slashes.
+    ``scored``: the probe's logits (``Stats.pairs_scored``).
     """
 
     columns: Tensor
     slashes: Tensor
     whole: Tensor
     dropped: Tensor
+    scored: int = 0
 
     def dropped_by_row(self, place: TilePlace) -> Tensor:
         """``dropped`` of each row of the tile [Hk, R]."""
@@ -188,7 +190,7 @@ class Chooser:
         dropped = _left_out(blocks, slashes, probe.share, place)
         whole |= ~probe.finite
         columns |= whole[:, None] & place.candidate_keys
-        return TileChoice(columns, slashes & ~whole[:, None], whole, dropped)
+        return TileChoice(columns, slashes & ~whole[:, None], whole, dropped, probe.scored)
 
     def _probed(self, q: Tensor, place: TilePlace) -> _Probe:
         rows = place.probe_rows(self._probe_rows)
@@ -206,7 +208,8 @@ class Chooser:
             weights, finite[some] = self._weights(probes[some], self._k[some], place, rows)
             torch.bmm(means.expand(len(weights), -1, -1), weights[..., : mass.shape[2]], out=mass[some])
         mass = mass.cpu()
-        return _Probe(mass, share, finite & torch.isfinite(mass.sum((1, 2))))
+        scored = num_heads * probes.shape[1] * place.num_keys
+        return _Probe(mass, share, finite & torch.isfinite(mass.sum((1, 2))), scored)
 
     def _weights(self, probes: Tensor, k: Tensor, place: TilePlace, rows: Tensor) -> tuple[Tensor, Tensor]:
         """softmax [h, G * n, num_keys], and whether the scores are finite [h]."""
@@ -230,11 +233,13 @@ class Chooser:
 @dataclass(frozen=True)
 class _Probe:
     """``mass`` [Hk, nq, num_blocks * L] of each key from the probe rows of each query block, as shares of the
-    mean over all of them; those rows' ``share`` of the probe [nq]; whether all scores are finite [Hk]."""
+    mean over all of them; those rows' ``share`` of the probe [nq]; whether all scores are finite [Hk]; how
+    many scores there were."""
 
     mass: Tensor
     share: Tensor
     finite: Tensor
+    scored: int
 
 
 def _verticals(probe: _Probe) -> Tensor:

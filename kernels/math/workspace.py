@@ -15,6 +15,7 @@ from kernels.contract import CallShape, Workspace
 from kernels.math.block_sparse import PANEL_BYTES, VIEW_ROWS
 from kernels.math.cache import DRAWS, MASKS
 from kernels.math.dense import KEY_CHUNK
+from kernels.math.per_layer import Forms, largest
 from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS
 from kernels.math.spans import (
     _GROUPED_ROWS,
@@ -107,16 +108,21 @@ def selected_blocks(
     block_size: int,
     budget_keys: int | None,
     scoring_bytes: int,
+    remainder: str,
     summaries: bool = True,
 ) -> Workspace:
     """A backend that chooses key blocks for each query tile: its own keys, scores, gathered panels, what is
     left out. ``budget_keys``: the most keys chosen for a tile of any layer and head (None: all of them).
-    ``scoring_bytes``: what the backend's scores take at their largest moment. ``summaries``: whether it asks
-    for block bounds or means; they stay with a decoder's cache and live as long as an encoder's call."""
+    ``scoring_bytes``: what the backend's scores take at their largest moment. ``remainder`` "gated": the rows
+    over their own keys stay until it is known what to think of the means. ``summaries``: whether the backend
+    asks for block bounds or means; they stay with a decoder's cache and live as long as an encoder's call."""
     own = spans(shape, query_tile, query_tile, num_masks=2, parts=_own_parts(shape, block_size))
     longest = shape.num_keys if budget_keys is None else min(budget_keys, shape.num_keys)
     known = _summaries(shape, block_size) if summaries else 0
-    moments = (_listed(shape, query_tile, longest), scoring_bytes, _left_out(shape, query_tile, block_size))
+    gated = remainder == "gated"
+    before = shape.num_rows * shape.num_heads * (shape.value_dim + 1) * _FP32 if gated else 0
+    left_out = _left_out(shape, query_tile, block_size, gated)
+    moments = (_listed(shape, query_tile, longest) + before, scoring_bytes, left_out + before)
     live = max(own.live_bytes, _accumulator(shape) + max(moments))
     dropped = 2 * shape.num_rows * shape.num_heads * _FP32
     return Workspace(
@@ -135,11 +141,9 @@ def block_scores(shape: CallShape, query_tile: int, block_size: int, columns: in
     return rows * columns * copies * _FP32 + table * _CHOICE
 
 
-def most_keys(budget: int | Sequence[int | Sequence[int]] | None) -> int | None:
+def most_keys(budget: Forms[int] | None) -> int | None:
     """The largest budget of any layer and head; None: as many keys as there are."""
-    if budget is None or isinstance(budget, int):
-        return budget
-    return max(layer if isinstance(layer, int) else max(layer) for layer in budget)
+    return None if budget is None else largest(budget)
 
 
 def one_after_another(*parts: Workspace) -> Workspace:
@@ -196,13 +200,15 @@ def _listed(shape: CallShape, query_tile: int, longest: int) -> int:
     return max(gathered, viewed + _widened_keys(shape, longest)) + masks_and_scores
 
 
-def _left_out(shape: CallShape, query_tile: int, block_size: int) -> int:
-    """``kernels.math.remainder``: which blocks are left out, and of one tile at a time the means' outputs."""
+def _left_out(shape: CallShape, query_tile: int, block_size: int, gated: bool) -> int:
+    """``kernels.math.remainder``: which blocks are left out, and of one tile at a time the means' outputs;
+    where a gate is fitted, before that the chosen blocks' and its differences."""
     num_blocks = shape.num_keys // block_size
     tiles = -(-shape.num_rows // query_tile) + 1
     rows = min(query_tile, shape.num_rows) * shape.num_heads
     scores = _scores(shape, min(query_tile, shape.num_rows), num_blocks)
-    return shape.num_heads * tiles * num_blocks * 2 + rows * (3 * shape.value_dim + 4) * _FP32 + scores
+    outputs = (6 if gated else 3) * shape.value_dim + 4
+    return shape.num_heads * tiles * num_blocks * 2 + rows * outputs * _FP32 + scores
 
 
 def _summaries(shape: CallShape, block_size: int) -> int:

@@ -77,6 +77,38 @@ def test_bad_params_name_the_field_and_its_bound(backend: str, params: dict[str,
         call(backend=backend, params=params)
 
 
+def deep(levels: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+HOSTILE: dict[str, Any] = {
+    "long integer": 10**5000,
+    "long integers": [10**5000] * 3,
+    "deep": deep(100_000),
+    "long text": "x" * 100_000,
+    "long list": ["y" * 1000] * 10_000,
+    "large mapping": {str(i): i for i in range(10_000)},
+}
+
+
+@pytest.mark.parametrize("backend", ["window", "topk", "vertical_slash", "strided"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_refusal_repeats_little_of_what_was_given_whatever_it_is(backend: str, kind: str) -> None:
+    for field in load(backend).params.model_fields:
+        with pytest.raises(api.InvalidParams) as caught:
+            api.parse_params(backend, {field: HOSTILE[kind]})
+        assert len(str(caught.value)) < 800 and f"{field}: " in str(caught.value)
+
+
+def test_a_name_that_is_too_long_is_cut() -> None:
+    with pytest.raises(api.InvalidParams, match="no such parameter") as caught:
+        api.parse_params("window", {"z" * 100_000: 1})
+    assert len(str(caught.value)) < 500
+
+
 def test_all_bad_params_are_told_at_once() -> None:
     with pytest.raises(api.InvalidParams) as caught:
         call(params={"window": 0, "global_tokens": -1, "other": 2})

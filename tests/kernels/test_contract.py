@@ -381,3 +381,20 @@ def test_spans_wider_than_a_tile_are_cut_into_panels_without_loss(
     fast, slow = attend(q, k, v, **common), attend(q, k, v, impl="reference", **common)
     torch.testing.assert_close(fast.out, slow.out, atol=1e-5, rtol=0)
     assert fast.stats.pairs_kept == slow.stats.pairs_kept
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("random", {"num_random": 32, "block_size": 32}),
+        ("bigbird", {"window": 2, "global_tokens": 0, "num_random": 32, "block_size": 32}),
+    ],
+    ids=case_id,
+)
+def test_a_decoded_row_of_the_first_block_does_not_feel_keys_that_it_did_not_draw(case: Case) -> None:
+    q, k, v = make_inputs(1, (4, 2), 6, 6, 16)
+    v[:, :, 0] = math.nan
+    common: dict[str, Any] = {"backend": case[0], "params": case[1], "causal": True, "scale": 1.0}
+    step = attend(q[:, :, 5:], k, v, **common)
+    torch.testing.assert_close(step.out, attend(q, k, v, **common).out[:, :, 5:], atol=1e-6, rtol=0)
+    assert torch.isfinite(step.out).all()

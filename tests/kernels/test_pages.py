@@ -139,6 +139,17 @@ def test_a_key_that_is_not_finite_reaches_the_rows_whatever_the_budget(N: int) -
         assert bool(found[0, 2:].isnan().all()) and torch.allclose(found[0, :2], clean[0, :2], atol=1e-5)
 
 
+@pytest.mark.parametrize("N", [1, 300])
+@pytest.mark.parametrize("place", [335, 10])
+def test_a_page_with_a_broken_key_comes_before_the_first(N: int, place: int) -> None:
+    q, k, v = make(4, 2, N, 900)
+    k[0, :, place, 3] = math.nan
+    for impl in ("torch", "reference"):
+        got = attend(q, k, v, backend="pages", params={"budget": 64}, causal=True, scale=0.3, impl=impl)
+        assert bool(got.out.isnan().all()), impl
+        assert got.dropped is not None and not got.dropped.any()
+
+
 def test_a_budget_beyond_what_there_is_keeps_everything_and_equals_exact() -> None:
     for N in (1, 300):
         q, k, v = make(4, 2, N, 900)

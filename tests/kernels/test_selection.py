@@ -341,6 +341,107 @@ def test_a_key_that_is_not_finite_is_kept_and_felt_as_exact_feels_it(backend: st
     assert bool(table[0, 3:, 5].all())
 
 
+@pytest.mark.parametrize("backend", ["xattention", "topk", "pooled", "pages"])
+@pytest.mark.parametrize("remainder", ["none", "mean", "gated"])
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_a_number_that_is_not_finite_moves_no_row_of_the_tiles_before_it(
+    backend: str, remainder: str, what: str
+) -> None:
+    """Row 582 lies in the tile of rows 512 .. 639."""
+    q, k, v = make_inputs(1, (2, 1), 1100, 1100, 16, seed=8)
+    common: dict[str, Any] = {
+        "backend": backend,
+        "params": {"query_tile": 128, "block_size": 32, "budget": 64, "remainder": remainder},
+        "causal": True,
+        "scale": 2 * scale_of(q),
+    }
+    clean = attend(q, k, v, **common)
+    assert clean.lse is not None and clean.dropped is not None and float(clean.dropped.max()) > 0.1
+    for bad in (math.nan, math.inf, -math.inf):
+        spoilt = {"k": k.clone(), "v": v.clone()}
+        spoilt[what][0, 0, 582, 3] = bad
+        for impl in ("torch", "reference") if backend == "topk" else ("torch",):
+            got = attend(q, **spoilt, impl=impl, **common)
+            for name in ("out", "lse", "dropped"):
+                pair = getattr(got, name)[:, :, :512], getattr(clean, name)[:, :, :512]
+                assert torch.allclose(*pair, atol=1e-5), f"{impl} {name} {bad}"
+            assert not got.out[:, :, 582].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["xattention", "topk", "pooled", "pages"])
+@pytest.mark.parametrize("remainder", ["none", "mean", "gated"])
+@pytest.mark.parametrize("rows", [1, 400])
+def test_what_is_left_out_and_not_finite_counts_as_all_of_the_mass(
+    backend: str, remainder: str, rows: int
+) -> None:
+    """Nothing is chosen, so that the rows feel no broken key but one of their own tile."""
+    q, k, v = make_inputs(1, (2, 1), rows, 600, 16, seed=9)
+    k[0, 0, 70, 3] = math.nan
+    params = {"query_tile": 256, "budget": 0, "remainder": remainder}
+    for impl in ("torch", "reference"):
+        got = attend(q, k, v, backend=backend, params=params, causal=True, scale=0.2, impl=impl)
+        assert got.dropped is not None
+        there = torch.arange(600 - rows, 600) >= 256
+        assert bool((got.dropped[..., there] == 1).all()), impl
+        assert not got.dropped[..., ~there].any(), "the rows of the first tile leave nothing out"
+        assert bool(got.out[:, :, there].isfinite().all()) == (remainder == "none")
+
+
+def test_a_row_that_keeps_what_is_not_finite_drops_nothing() -> None:
+    q, k, v = make_inputs(1, (2, 1), 1, 600, 16, seed=9)
+    k[0, 0, [70, 590], 3] = math.nan
+    for backend in ("xattention", "topk", "pooled", "pages"):
+        for remainder in ("none", "mean", "gated"):
+            for impl in ("torch", "reference"):
+                params = {"budget": 0, "remainder": remainder}
+                got = attend(q, k, v, backend=backend, params=params, causal=True, scale=0.2, impl=impl)
+                assert got.dropped is not None and not got.dropped.any(), (backend, remainder, impl)
+
+
+def test_the_slow_attention_lets_a_value_be_felt_only_where_it_is_kept() -> None:
+    q, k, v = make_inputs(1, (2, 1), 50, 50, 8, 6, dtype=torch.float64)
+    keep = torch.rand(2, 50, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep |= torch.eye(50, dtype=torch.bool)
+    call = Call(causal=True, scale=0.3, seed=0, layer=0, start=0)
+    clean = masked_attention(q, k, v, keep, call).out
+    seen = keep & torch.ones(50, 50, dtype=torch.bool).tril()
+    v[0, 0, 10, 1], v[0, 0, 20, 2], v[0, 0, 30, 2] = math.nan, math.inf, -math.inf
+    got = masked_attention(q, k, v, keep, call).out[0]
+    expected = clean[0].clone()
+    expected[..., 1][seen[..., 10]] = math.nan
+    expected[..., 2][seen[..., 20]] = math.inf
+    expected[..., 2][seen[..., 30]] = -math.inf
+    expected[..., 2][seen[..., 20] & seen[..., 30]] = math.nan
+    assert torch.allclose(got, expected, atol=1e-12, equal_nan=True)
+
+
+@both_directions
+def test_choosing_is_counted_in_products_of_rows_and_keys(causal: bool) -> None:
+    q, k, v = make_inputs(1, (4, 2), 1000, 1000, 16)
+    params = {"query_tile": 128, "block_size": 32, "budget": 64}
+    own = {"xattention": {"stride": 8}, "pooled": {"pool_rows": 32}}
+
+    def scored(backend: str, rows: int = 1000, **extra: Any) -> int:
+        knobs = params | own.get(backend, {}) | extra
+        found = attend(q[:, :, -rows:], k, v, backend=backend, params=knobs, causal=causal, scale=0.2).stats
+        assert found.density_computed == found.pairs_computed / found.pairs_exact
+        return found.pairs_scored
+
+    tiles = [(min(128 * t + 128, 1000), 128 if t < 7 else 104) for t in range(8)]
+    every_pair = 4 * (sum(stop * rows for stop, rows in tiles) if causal else 1000 * 1000)
+    assert scored("topk") == every_pair
+    assert every_pair >= attend(q, k, v, backend="exact", causal=causal, scale=0.2).stats.pairs_exact
+    assert every_pair // 2 // 8 <= scored("xattention") < 1.2 * 1000 * 1000 * 4 / 8
+    assert every_pair // 2 // 32 <= scored("pooled") < 1.2 * 1000 * 1000 * 4 / 32
+    if causal:
+        assert scored("pages") == 4 * 2 * sum(rows * ((stop - 1) // 128) * 4 for stop, rows in tiles)
+        assert [scored(name, 1) for name in ("topk", "pooled", "pages")] == [4000, 4000, 4 * 2 * 896 // 32]
+        assert scored("xattention", 1) == 4 * 125
+    else:
+        assert scored("pages") == 4 * 2 * (896 * 31 + 104 * 28)
+    assert [scored(name, budget=1024) for name in ("topk", "xattention", "pooled", "pages")] == [0] * 4
+
+
 @both_backends
 def test_under_mass_a_tile_with_a_broken_score_keeps_all_its_candidates(backend: str) -> None:
     q, k, _ = make_inputs(1, (2, 2), 1024, 1024, 16, seed=2)
@@ -426,7 +527,7 @@ def test_the_call_computes_what_its_lists_say() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"budget": 100}, "budget must be a multiple of block_size (64), got 100"),
-    ({"budget": [64, [96]]}, "budget must be a multiple of block_size (64), got 96"),
+    ({"budget": [64, [96]]}, "budget[1][0] must be a multiple of block_size (64), got 96"),
     ({"budget": "1024"}, "budget must be a whole number of keys from 0 to 1048576"),
     ({"budget": True}, "budget must be a whole number of keys"),
     ({"budget": 64.0}, "budget must be a whole number of keys"),
@@ -438,8 +539,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"budget": []}, "budget is an empty list"),
     ({"budget": [64, []]}, "budget[1] is an empty list"),
     ({"budget": {}}, "budget must be a whole number of keys"),
-    ({"budget": None}, "exactly one of budget and mass must be given, neither is given"),
-    ({"mass": 0.9, "budget": 64}, "exactly one of budget and mass must be given, both are given"),
+    ({"budget": None}, "exactly one of budget and mass must be given, neither is given: give one of them"),
+    (
+        {"mass": 0.9, "budget": 64},
+        "exactly one of budget and mass must be given, both are given: leave one of them out",
+    ),
     ({"mass": 0}, "mass must be a number above 0 and at most 1"),
     ({"mass": 1.01}, "mass must be a number above 0 and at most 1"),
     ({"mass": math.nan}, "mass must be a number above 0 and at most 1"),
@@ -476,8 +580,45 @@ def test_lists_of_another_length_than_the_model_name_its_layers(backend: str) ->
     assert [("3 entries" in p, "30 layers" in p) for p in params.size_problems(30, 2)] == [(True, True)]
     heads = params.size_problems(3, 4)
     assert len(heads) == 1 and heads[0].startswith("budget[1] has 2 entries") and "3 layers" in heads[0]
-    assert len(parse_params(backend, {"mass": [[0.5]]}).size_problems(2, 2)) == 2
+    assert len(parse_params(backend, {"mass": [[0.5]]}).size_problems(2, 2)) == 1
     assert parse_params(backend, {}).size_problems(7, 5) == []
+
+
+@both_backends
+def test_many_lists_of_a_wrong_length_are_told_in_one_sentence(backend: str) -> None:
+    params = parse_params(backend, {"budget": [64, *[[64, 64]] * 5000]})
+    assert params.size_problems(5001, 4) == [
+        "budget[1] has 2 entries (and 4999 more have a wrong number of them), but the choice applies to 5001 "
+        "layers with 4 key heads each: give one number, or one per key head"
+    ]
+    assert [len(params.size_problems(*shape)) for shape in ((7, 4), (5001, 2))] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (
+            "x",
+            "budget must be a whole number of keys from 0 to 1048576, or a list with one entry per layer, "
+            "each such a number or a list with one per key head (got",
+        ),
+        (
+            ["x"],
+            "budget[0] must be a whole number of keys from 0 to 1048576, or a list with one per key head",
+        ),
+        (
+            [[]],
+            "budget[0] is an empty list: give a whole number of keys from 0 to 1048576, or a list with one "
+            "per key head (got",
+        ),
+        ([["x"]], "budget[0][0] must be a whole number of keys from 0 to 1048576 (got"),
+    ],
+    ids=str,
+)
+def test_a_refusal_offers_what_may_stand_in_that_place(budget: Any, told: str) -> None:
+    with pytest.raises(InvalidParams) as refusal:
+        parse_params("topk", {"budget": budget})
+    assert refusal.value.problems[0][1].startswith(told)
 
 
 @both_backends

@@ -10,6 +10,7 @@ import torch
 from kernels import attend
 from kernels.contract import Call
 from kernels.math.accumulate import accumulator
+from kernels.math.cache import PLANS
 from kernels.math.dense import computed_elements
 from kernels.math.spans import SpanPlan, plan_for
 from kernels.math.window import tile_height, window_pattern
@@ -132,3 +133,20 @@ def test_exact_says_that_it_left_no_mass_out(impl: Any, causal: bool) -> None:
         assert got.dropped is not None and got.dropped.shape == (2, 6, N)
         assert got.dropped.dtype == torch.float32 and not got.dropped.any()
         assert got.stats.dropped_mass == 0.0
+
+
+def test_a_plan_answers_for_the_masks_that_it_keeps_alive() -> None:
+    PLANS.clear()
+    q, k, v = make_inputs(1, (2, 2), 1200, 1200, 16)
+    for window in range(300, 420, 8):
+        attend(q, k, v, backend="window", params={"window": window}, causal=False, scale=0.2)
+    plans = [value for value, _ in PLANS._entries.values()]
+    masks = {
+        id(panel.mask): panel.mask.nbytes
+        for plan in plans
+        for part in plan.parts
+        for tile in part.tiles
+        for panel in tile.panels
+        if panel.mask is not None
+    }
+    assert 0 < sum(masks.values()) <= PLANS.held_bytes <= PLANS.max_bytes

@@ -230,8 +230,8 @@ def test_lists_of_a_wrong_length_are_told_by_name() -> None:
         ({"num_verticals": 1.5}, "whole number from 0 to"),
         ({"num_slashes": True}, "whole number from 0 to"),
         ({"num_slashes": []}, "empty list"),
-        ({"num_slashes": [1, []]}, r"entry \[1\] is an empty list"),
-        ({"num_verticals": [1, [2, "x"]]}, r"entry \[1\]\[1\] must be a whole number"),
+        ({"num_slashes": [1, []]}, r"num_slashes\[1\] is an empty list"),
+        ({"num_verticals": [1, [2, "x"]]}, r"num_verticals\[1\]\[1\] must be a whole number"),
         ({"query_tile": 128}, "256, 512 or 1024"),
         ({"probe_rows": 20}, "16, 32 or 64"),
         ({"block_size": 1}, "32, 64 or 128"),
@@ -242,6 +242,16 @@ def test_bad_params_are_refused_by_name(params: dict[str, Any], told: str) -> No
     with pytest.raises(InvalidParams, match=told) as refusal:
         parse_params("vertical_slash", params)
     assert refusal.value.problems[0][0].split(".")[0] in params
+
+
+def test_the_probes_logits_count_as_scored_and_every_key_of_a_decode_step_is_one() -> None:
+    q, k, v = make_inputs(1, (4, 2), 1024, 1024, 16)
+    stats = run(q, k, v, True).stats
+    assert stats.pairs_scored == 4 * 16 * (512 + 768 + 1024), (
+        "16 probe rows a tile, the first chooses nothing"
+    )
+    assert run(q[:, :, -1:], k, v, True).stats.pairs_scored == 4 * 1024
+    assert run(q, k, v, True, params={**SMALL, "num_verticals": 1024}).stats.pairs_scored == 0
 
 
 def test_params_survive_their_own_json() -> None:

@@ -116,6 +116,7 @@ def peak_of_tensors(run: Callable[[], Any]) -> int:
     [
         {"budget": 512, "remainder": "mean"},
         {"budget": 256, "query_tile": 128, "block_size": 32},
+        {"budget": 512, "remainder": "gated"},
     ],
 )
 @pytest.mark.parametrize(
@@ -163,4 +164,4 @@ def test_what_a_selection_is_predicted_to_take_is_what_its_tensors_take(
 
 def test_the_largest_budget_of_any_layer_and_head_counts() -> None:
     assert most_keys(512) == 512 and most_keys(None) is None
-    assert most_keys([64, [128, 1024], 256]) == 1024
+    assert most_keys((64, (128, 1024), 256)) == 1024

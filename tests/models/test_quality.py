@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels import backend_names
 from kernels.contract import Call, Params
+from kernels.math.cache import DRAWS
 from kernels.registry import load as load_backend
 from models import quality, quality_contenders, quality_error
 from models.contract import Encoding, ModelError
@@ -24,14 +25,15 @@ from models.quality_contenders import (
     contender,
     default_contenders,
     read_contenders,
+    refuse_cut_tiles,
     refuse_unsupported,
 )
 from models.quality_error import ErrorRow, measure_errors
-from models.quality_perplexity import PerplexityRow, compare, read_text
-from models.quality_plot import pyplot, write_plots
+from models.quality_perplexity import PerplexityRow, compare, read_text, standard_error
+from models.quality_plot import _scatter, pyplot, write_plots
 from models.quality_record import LayerRecord, output_projection, record_layers
 from models.quality_report import markdown
-from models.quality_store import Results, load, open_results, save
+from models.quality_store import Results, begin, load, open_results, save
 from models.runner import Model
 from tests.models.tiny import bert, choice, close, llama, network, random_ids, serve
 
@@ -140,9 +142,37 @@ def test_calls_are_chunks_over_the_keys_so_far_with_summaries_of_their_own_layer
     wanted = [(layer, *chunk) for layer in (0, 2) for chunk in chunks for _ in range(2)]
     for found in calls.values():
         assert [call[:3] for call in found] == wanted
-    held = {name: [call[3] for call in found] for name, found in calls.items()}
-    assert len({id(each) for found in held.values() for each in found}) == 4  # two layers, two contenders
-    assert all(held["window"][0] is each for each in held["window"][:6])
+    held = {name: [id(call[3]) for call in found] for name, found in calls.items()}
+    assert len({each for found in held.values() for each in found}) == 8  # layers, contenders, rounds
+    assert held["window"][:6] == held["window"][:2] * 3, "each round keeps its own from chunk to chunk"
+
+
+def test_a_repeated_call_finds_nothing_that_an_earlier_one_left(
+    records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    known: dict[tuple[int, int], set[int]] = {}
+    backend = load_backend("pages")
+
+    def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
+        assert call.summaries is not None
+        drawn.append(len(DRAWS))
+        DRAWS.get(("left behind", call.layer, call.start), lambda: q)
+        known.setdefault((call.layer, call.start), set()).add(call.summaries.nbytes)
+        return backend.impls["torch"](q, k, v, params, call)
+
+    watched = replace(backend, impls={**backend.impls, "torch": execute})
+    monkeypatch.setattr(
+        quality_error, "load_backend", lambda name: watched if name == "pages" else load_backend(name)
+    )
+    small = contender("pages", {"query_tile": 128, "block_size": 32, "budget": 32})
+    long = [
+        replace(each, **{name: getattr(each, name).repeat(1, 1, 4, 1) for name in "qkv"}) for each in records
+    ]
+    measure_errors(long, [small], chunk_tokens=128, repeat=3)
+    assert len(drawn) == 2 * 4 * 3 and set(drawn) == {0}
+    assert all(len(sizes) == 1 for sizes in known.values()), "the same in each of the three calls"
+    assert len(set.union(*known.values())) > 1
 
 
 def test_an_encoder_is_refused() -> None:
@@ -184,12 +214,31 @@ def test_the_change_of_perplexity_is_paired_with_its_standard_error(model: Model
     exact, reading = read_text(model, IDS, choice(), 50), read_text(model, IDS, each.choice(0), 50)
     row = compare(TOKENS, each, reading, exact, skipped=20)
     assert row.change_percent == pytest.approx(100 * (row.perplexity / row.exact_perplexity - 1))
-    difference = (exact.scores - reading.scores)[20:].double()
-    spread = float(difference.std(correction=0)) / 10
+    spread = standard_error((exact.scores - reading.scores)[20:].double())
+    assert spread is not None and spread > 0
     assert row.standard_error_percent == pytest.approx(
         100 * row.perplexity / row.exact_perplexity * spread, rel=1e-6
     )
     assert 0 < row.density < 1 and row.attention_s < row.total_s
+
+
+def test_the_standard_error_is_that_of_the_means_of_blocks_of_64_tokens() -> None:
+    difference = torch.randn(10 * 64, dtype=torch.float64)
+    means = difference.view(10, 64).mean(-1)
+    assert standard_error(difference) == pytest.approx(float(means.std()) / 10**0.5)
+    repeated = means.repeat_interleave(64)
+    naive = float(repeated.std()) / len(repeated) ** 0.5
+    assert (standard_error(repeated) or 0) > 7 * naive, "what hangs together counts once"
+    assert standard_error(difference[:64]) is None
+    assert standard_error(torch.full((100,), 0.5)) == 0
+
+
+def test_a_last_block_that_is_cut_weighs_by_its_tokens() -> None:
+    torch.manual_seed(0)
+    drawn = [torch.randn(100) + 0.1 for _ in range(4000)]
+    spread = float(torch.stack([d.mean() for d in drawn]).std())
+    found = [standard_error(d) or 0.0 for d in drawn]
+    assert (sum(e * e for e in found) / len(found)) ** 0.5 == pytest.approx(spread, rel=0.1)
 
 
 def test_a_text_no_longer_than_what_is_skipped_has_no_perplexity(model: Model) -> None:
@@ -270,17 +319,29 @@ def test_a_remainder_is_compared_at_equal_choice_and_at_equal_time() -> None:
         error_row("pages", 0.6, 0.1, budget=2, remainder="mean"),
         error_row("topk", 0.2, 0.3, budget=1, remainder="mean"),
     ]
+    rows.append(error_row("pages", 0.3, 0.25, budget=2, remainder="gated"))
     first, second = remainder_gains(rows)
-    assert (first.none.error, first.mean.error) == (0.8, 0.3)
-    assert first.at_equal_time == pytest.approx(0.4)
-    assert (second.none.error, second.at_equal_time) == (0.2, None)
+    assert first.mean and first.gated is None
+    assert (first.none.error, first.mean.row.error) == (0.8, 0.3)
+    assert first.mean.at_equal_time == pytest.approx(0.4)
+    assert second.mean and second.gated
+    assert (second.none.error, second.mean.at_equal_time) == (0.2, None)
+    assert second.gated.row.error == 0.25
+    assert second.gated.at_equal_time == pytest.approx(0.8 * 0.25 ** (math.log(3) / math.log(4)))
 
 
 def results() -> Results:
     full = {"window": 4}
     reading = PerplexityRow(4096, "window", full, full, 11.0, 10.0, 10.0, 0.5, 1.0, 0.1, 5.0, 2.0, 6.0, 0.5)
     settings = {"model": "tiny", "text": "t.txt", "chunk_tokens": 50, "repeat": 1, "layers": None}
-    context = {"command": "python -m models.quality", "date": "2026-01-01", "machine": "a machine"}
+    context = {
+        "command": "python -m models.quality",
+        "date": "2026-01-01",
+        "processor": "a processor",
+        "threads": 2,
+        "torch": "2.0",
+        "loads_at_start": [0.25],
+    }
     return Results(settings, context, list(LADDER), [reading])
 
 
@@ -301,6 +362,19 @@ def test_a_results_file_is_neither_overwritten_nor_mixed_with_other_settings(tmp
     assert open_results(tmp_path / "new.json", True, kept.settings, {}).errors == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("processor", "another"), ("threads", 4), ("torch", "2.1"), ("threads", None)]
+)
+def test_times_of_another_machine_are_not_added(name: str, value: Any) -> None:
+    kept = results()
+    told = rf"another machine: {name} \(.*, now {value}\). Times of two machines cannot be compared"
+    with pytest.raises(ValueError, match=told):
+        begin(kept, {**kept.context, name: value}, 0.5)
+    assert kept == results()
+    begin(kept, {**kept.context, "date": "2026-01-02"}, 1.234)
+    assert kept.context["loads_at_start"] == [0.25, 1.23]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "context": {}}'])
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "q.json").write_text(text)
@@ -313,15 +387,40 @@ def test_the_report_has_every_table_and_says_where_it_is_from() -> None:
     found.errors += [
         error_row("pages", 0.1, 0.8, budget=1, remainder="none"),
         error_row("pages", 0.2, 0.3, budget=1, remainder="mean"),
+        error_row("pages", 0.3, 0.2, budget=1, remainder="gated"),
     ]
     text = markdown(found, ["quality-4k.png"])
-    assert "`python -m models.quality`,\n2026-01-01, a machine." in text
+    assert "`python -m models.quality`,\n2026-01-01, a processor, 2 threads, torch 2.0.\n" in text
+    assert "Load of the machine when measuring began: 0.25." in text
     assert "](quality-4k.png)" in text and "## 4,096 tokens" in text
-    assert "| 35 % | window | window=2 | 0.5000 | 0.5000 | – | 0.500 | 30 % |" in text
+    assert "| 35 % | window | window=2 | 4 | 0.5000 | 0.5000 | – | 0.500 | 30 % |" in text
     assert "| window | window=4 | 0.3000 | 0.3000 | +10.00 ± 0.50 % | 50 % | 2 % | 50 % | 83 % |" in text
-    assert "| pages | budget=1, remainder=none | 10 % | 20 % | 0.8000 | 0.3000 | -62 % | – |" in text
+    gain = "| 10 % | 0.8000 | 20 % | 0.3000 | -62 % | – | 30 % | 0.2000 | -75 % | – |"
+    assert f"| pages | budget=1, remainder=none {gain}" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| exact")}
     assert widths == {14}
+
+
+def test_a_change_without_a_standard_error_is_shown_without_one() -> None:
+    found = results()
+    found.perplexities = [replace(found.perplexities[0], standard_error_percent=None)]
+    assert "| +10.00 % | 50 % |" in markdown(found)
+
+
+def test_each_remainder_is_drawn_in_its_own_way() -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        error_row("pages", share, error, budget=1, remainder=what)
+        for share, error, what in ((0.1, 0.8, "none"), (0.2, 0.3, "mean"), (0.3, 0.2, "gated"))
+    ]
+    figure, axes = pyplot().subplots()
+    _scatter(axes, rows, lambda row: row.time_share, lambda row: row.error)
+    points, twins = axes.lines[:3], axes.lines[3:]
+    looks = {(line.get_fillstyle(), line.get_markerfacecolor() == "white") for line in points}
+    assert looks == {("full", False), ("full", True), ("left", False)}
+    assert {line.get_linestyle() for line in twins} == {":", "--"}
+    assert axes.get_legend_handles_labels()[1] == ["pages"]
+    pyplot().close(figure)
 
 
 def test_plots_are_written_per_length(tmp_path: Path) -> None:
@@ -363,6 +462,30 @@ def test_contenders_are_read_from_json_and_refused_with_reasons() -> None:
             read_contenders(text)
     with pytest.raises(KeyError, match="unknown attention backend 'nope'"):
         read_contenders('{"nope": [{}]}')
+
+
+@pytest.mark.parametrize("backend", ["xattention", "pooled", "pages", "topk"])
+def test_selections_are_measured_with_every_remainder_at_equal_choice(backend: str) -> None:
+    budgets: dict[str, set[int]] = {"none": set(), "mean": set(), "gated": set()}
+    for each in default_contenders([backend]):
+        if each.full.get("budget") is not None:
+            budgets[each.full["remainder"]].add(each.full["budget"])
+    assert len(budgets["mean"]) >= 2 and budgets["mean"] == budgets["gated"] < budgets["none"]
+
+
+def test_the_settings_of_long_texts_are_settings_of_the_ladders() -> None:
+    for backend, settings in quality_contenders.LONG.items():
+        assert all(each in quality_contenders.LADDERS[backend] for each in settings)
+
+
+def test_chunks_that_would_cut_query_tiles_are_refused_with_the_number_to_use() -> None:
+    found = [contender("xattention", {}), contender("vertical_slash", {}), contender("window", {})]
+    with pytest.raises(ValueError, match=r"vertical_slash default \(tiles of 512\): give 1024, or 0") as told:
+        refuse_cut_tiles(found, 768)
+    assert "xattention" not in str(told.value)
+    for chunk_tokens in (0, 512, 1536):
+        refuse_cut_tiles(found, chunk_tokens)
+    refuse_cut_tiles(found[2:], 33)
 
 
 def test_contenders_that_the_model_cannot_run_are_all_named(
@@ -413,6 +536,9 @@ def test_a_run_goes_on_where_it_was_interrupted(
     quality.main(command(tmp_path, "--resume", contenders=both))
     second = load(tmp_path / "q.json")
     assert second.errors == first.errors
+    assert len(second.context["loads_at_start"]) == 2
+    quality.main(command(tmp_path, "--resume", contenders=both))
+    assert load(tmp_path / "q.json") == second, "a run that measures nothing leaves no trace"
     assert [row.backend for row in second.perplexities] == ["exact", "window"]
     assert "| window | window=9 |" in (tmp_path / "q.md").read_text()
 
@@ -422,6 +548,16 @@ def test_a_run_with_nothing_left_to_measure_loads_no_model(tmp_path: Path, at_ha
     (tmp_path / "q.md").unlink()
     quality.main(command(tmp_path, "--resume"))
     assert len(at_hand) == 1 and (tmp_path / "q.md").exists()
+
+
+def test_a_run_does_not_go_on_with_another_number_of_threads(tmp_path: Path, at_hand: list[str]) -> None:
+    quality.main(command(tmp_path))
+    held = (tmp_path / "q.json").read_text()
+    threads = torch.get_num_threads()
+    (tmp_path / "q.json").write_text(held.replace(f'"threads": {threads},', '"threads": 77,'))
+    with pytest.raises(SystemExit, match=rf"threads \(77, now {threads}\)"):
+        quality.main(command(tmp_path, "--resume", contenders='{"window": [{"window": 8}]}'))
+    assert len(at_hand) == 1
 
 
 def test_the_report_repeats_what_was_measured_and_not_where_it_was_put(
@@ -446,6 +582,7 @@ def test_beyond_the_usual_length_the_default_run_measures_fewer_layers() -> None
         (["--tokens", "300"], "reads 256 at most"),
         (["--contenders", '{"nope": [{}]}'], "unknown attention backend 'nope'"),
         (["--text", "nowhere.txt"], "No such file"),
+        (["--contenders", '{"pooled": [{}]}'], "--chunk-tokens 32 cuts the query tiles of pooled default"),
     ],
 )
 def test_what_cannot_be_measured_is_told_before_anything_is_written(

@@ -119,6 +119,19 @@ def test_local_layers_keep_their_own_window_whatever_the_request_chose() -> None
     assert narrow.work.pairs_exact == 0 and narrow.work.flops == narrow.work.flops_exact
 
 
+def test_what_is_scored_to_choose_is_work_beside_what_is_attended_to() -> None:
+    """3 layers of 6 heads of width 8; tiles of 128 rows, and topk scores every key up to a tile's last row."""
+    model = serve(network(llama), max_tokens=256)
+    ids = random_ids(200)
+    picks = choice(), choice("topk", query_tile=128, block_size=32, budget=32)
+    exact, chosen = (
+        model.step([Slice(model.open(200), ids, pick, "nothing", 200)]).results[0].work for pick in picks
+    )
+    attended = 4 * 8 * (chosen.pairs_computed - exact.pairs_computed)
+    scored = 3 * 6 * (128 * 128 + 72 * 200)
+    assert chosen.flops - exact.flops == pytest.approx(attended + 2 * 8 * scored)
+
+
 def test_the_layer_ordinal_counts_the_layers_to_which_the_choice_applies() -> None:
     model = serve(network(gemma3))
     assert model.info.applied_layers == (5,)

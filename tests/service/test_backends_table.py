@@ -80,6 +80,11 @@ def test_pictures_are_written_per_direction_with_an_overview(
         (["--conditions", "--params", "{}"], "--params needs --backend NAME"),
         (["--conditions", "--backend", "nope"], "--backend: unknown attention backend 'nope'; known: exact"),
         (["--conditions", "--backend", "star", "--params", "{w"], "--params is not JSON"),
+        (["--conditions", "--backend", "star", "--params", "[" * 5000], "--params is nested too deeply"),
+        (
+            ["--conditions", "--backend", "star", "--params", '{"window": ' + "[" * 5000 + "]" * 5000 + "}"],
+            "deeply",
+        ),
         (
             ["--conditions", "--backend", "star", "--params", "[2]"],
             "--params: .*expected a mapping, got list",

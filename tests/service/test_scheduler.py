@@ -70,6 +70,93 @@ def test_a_query_tile_larger_than_the_step_is_read_whole() -> None:
     assert [planned(scheduler) for _ in range(3)] == [[("tiles", 1024)], [("tiles", 76)], [("tiles", 1)]]
 
 
+def test_a_query_tile_larger_than_the_chunk_is_read_whole_where_the_budget_allows() -> None:
+    scheduler = Scheduler(limits(step_tokens=2048))
+    scheduler.admit([entry("tiles", 3000, chunk_multiple=1024), entry("b", 600)])
+    assert planned(scheduler) == [("tiles", 1024), ("b", 512)]
+
+
+def standstill(scheduler: Scheduler, watched: str, arrivals: list[list[Entry]]) -> tuple[int, list[str]]:
+    """The most steps in a row in which a prompt stood still while its request was there, and the order in
+    which prompts were read to their end. Requests arrive one list a step."""
+    entries = {part.job: part for part in scheduler._entries()}
+    longest = still = 0
+    ended: list[str] = []
+    for step in range(400):
+        for part in arrivals[step] if step < len(arrivals) else []:
+            scheduler.admit([part])
+            entries[part.job] = part
+        before = entries[watched].read
+        planned(scheduler)
+        for part in list(entries.values()):
+            if part.decoding and part.job not in ended:
+                ended.append(part.job)
+                scheduler.release(part)
+        if entries[watched].decoding:
+            return longest, ended
+        still = 0 if entries[watched].read > before else still + 1
+        longest = max(longest, still)
+    raise AssertionError(f"{watched} was never read to its end")
+
+
+@pytest.mark.parametrize("newcomer", [130, 500, 600, 900, 1024, 1500, 5000])
+@pytest.mark.parametrize("ahead", [0, 700, 100_000])
+def test_a_waiting_prompt_with_a_large_query_tile_is_passed_only_so_often(newcomer: int, ahead: int) -> None:
+    """One new request a step, each of which fits beside a running one; a tile of a whole step does not."""
+    scheduler = Scheduler(limits(max_queue_tokens=10_000_000, max_queue_requests=1000))
+    if ahead:
+        scheduler.admit([entry("ahead", ahead)])
+        planned(scheduler)
+    scheduler.admit([entry("tiles", 3000, chunk_multiple=1024)])
+    arrivals = [[entry(f"n{i}", newcomer)] for i in range(100)]
+    longest, ended = standstill(scheduler, "tiles", arrivals)
+    assert longest <= MAX_PASSED_STEPS
+    assert "ahead" in ended or ahead != 700, "what came before is not kept waiting either"
+
+
+@pytest.mark.parametrize(
+    ("other", "multiple", "ordinary"),
+    [(100_000, 128, 1), (100_000, 128, 4), (100_000, 1024, 1), (100_000, 1024, 3), (2000, 256, 6)],
+)
+def test_a_running_prompt_with_a_large_query_tile_is_not_starved_by_other_running_ones(
+    other: int, multiple: int, ordinary: int
+) -> None:
+    """All are running already and want more than a step together: nobody reads first twice in a row while
+    another stands still."""
+    scheduler = Scheduler(limits())
+    others = [entry(f"o{i}", other, chunk_multiple=multiple) for i in range(ordinary)]
+    tiles = entry("tiles", 8000, chunk_multiple=1024)
+    for part in [*others, tiles]:
+        scheduler.admit([part])
+        scheduler._running[part.key] = scheduler._waiting.pop(part.key)
+    longest, _ = standstill(scheduler, "tiles", [])
+    assert longest <= min(ordinary, MAX_PASSED_STEPS)
+
+
+def test_running_prompts_are_not_starved_by_waiting_ones_that_were_passed() -> None:
+    """Many large tiles wait: all are passed at once, and begin before the running ones one after another."""
+    scheduler = Scheduler(limits(max_queue_tokens=10_000_000, max_queue_requests=1000, max_running=64))
+    scheduler.admit([entry("ahead", 20_000)])
+    planned(scheduler)
+    for i in range(30):
+        scheduler.admit([entry(f"tiles{i}", 1024, chunk_multiple=1024)])
+    arrivals = [[entry(f"n{i}", 500)] for i in range(200)]
+    longest, _ = standstill(scheduler, "ahead", arrivals)
+    assert longest <= MAX_PASSED_STEPS
+
+
+def test_what_was_passed_too_often_does_not_begin_without_memory() -> None:
+    scheduler = Scheduler(limits(memory_bytes=10, max_queue_tokens=10_000_000))
+    scheduler.admit([entry("ahead", 100_000, bytes=6)])
+    planned(scheduler)
+    scheduler.admit([entry("tiles", 3000, chunk_multiple=1024, bytes=5)])
+    for i in range(3 * MAX_PASSED_STEPS):
+        scheduler.admit([entry(f"n{i}", 130, bytes=1)])
+        planned(scheduler)
+        assert scheduler.reserved_bytes <= 10
+    assert "tiles" not in {part.job for part in scheduler._running.values()}
+
+
 def test_decode_tokens_come_first_and_prompts_fill_what_is_left() -> None:
     scheduler = Scheduler(limits(step_tokens=600))
     scheduler.admit([entry("a", 10)])
