@@ -29,7 +29,8 @@ def best_within(rows: Sequence[ErrorRow], budget: float) -> list[ErrorRow]:
 @dataclass(frozen=True)
 class Variant:
     """A setting that puts left-out blocks back. ``at_equal_time`` is the error that ``remainder: none`` would
-    reach in its time: between its own settings, on a line in (log time, log error); None beyond them."""
+    reach in its time: between its own settings that leave keys out, on a line in (log time, log error); None
+    beyond them."""
 
     row: ErrorRow
     at_equal_time: float | None
@@ -52,7 +53,8 @@ def remainder_gains(rows: Sequence[ErrorRow]) -> list[RemainderGain]:
     for none in rows:
         if none.full.get(REMAINDER) != "none":
             continue
-        others = [r for r in rows if r.backend == none.backend and r.full.get(REMAINDER) == "none"]
+        mine = [row for row in rows if row.backend == none.backend and row.density < 1]
+        others = [row for row in mine if row.full.get(REMAINDER) == "none"]
         mean, gated = (_variant(none, what, by_key, others) for what in ("mean", "gated"))
         if mean or gated:
             found.append(RemainderGain(none, mean, gated))

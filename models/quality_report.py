@@ -71,10 +71,10 @@ server reads it.
 
 def _sections(errors: list[ErrorRow], perplexities: list[PerplexityRow]) -> Iterator[str]:
     read = {key_of(row.backend, row.full): row for row in perplexities}
-    if errors:
+    tried = Counter(row.backend for row in errors)
+    best = [(budget, row) for budget in TIME_BUDGETS for row in best_within(errors, budget)]
+    if best:
         yield "### The best setting in a given time"
-        tried = Counter(row.backend for row in errors)
-        best = ((budget, row) for budget in TIME_BUDGETS for row in best_within(errors, budget))
         yield _table(_EQUAL, (_equal_line(b, row, tried[row.backend], read) for b, row in best))
     gains = remainder_gains(errors)
     if gains:

@@ -320,6 +320,10 @@ def test_a_remainder_is_compared_at_equal_choice_and_at_equal_time() -> None:
         error_row("topk", 0.2, 0.3, budget=1, remainder="mean"),
     ]
     rows.append(error_row("pages", 0.3, 0.25, budget=2, remainder="gated"))
+    every_key = replace(error_row("pages", 0.5, 1e-8, budget=9, remainder="none"), density=1.0)
+    assert remainder_gains([*rows, every_key]) == remainder_gains(rows), (
+        "no yardstick for what leaves keys out"
+    )
     first, second = remainder_gains(rows)
     assert first.mean and first.gated is None
     assert (first.none.error, first.mean.row.error) == (0.8, 0.3)

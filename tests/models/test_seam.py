@@ -120,7 +120,7 @@ def test_local_layers_keep_their_own_window_whatever_the_request_chose() -> None
 
 
 def test_what_is_scored_to_choose_is_work_beside_what_is_attended_to() -> None:
-    """3 layers of 6 heads of width 8; tiles of 128 rows, and topk scores every key up to a tile's last row."""
+    """3 layers, 6 heads of width 8; of each tile of 128 rows topk scores every key up to the last row."""
     model = serve(network(llama), max_tokens=256)
     ids = random_ids(200)
     picks = choice(), choice("topk", query_tile=128, block_size=32, budget=32)
