@@ -1,17 +1,15 @@
-"""How many bytes a step takes: measured at its high-water mark, and predicted before it runs."""
+"""How many bytes a step takes, predicted before it runs; ``kernels.peak`` measures them."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from kernels.contract import CallShape, Workspace
 from kernels.math.workspace import selection_bytes
+from kernels.peak import PeakBytes
 from kernels.registry import load as load_backend
 from models.contract import Choice
 from models.head import ROWS_AT_ONCE
@@ -33,76 +31,12 @@ WHOLE_DOCUMENT_HEAP_FACTOR = 1.8
 LARGEST_HEAP_BLOCK = 32 << 20
 """Blocks beyond this come from the system and go back to it (glibc's highest mmap threshold)."""
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_HIGH_WATER_MARK = "5"
 
-
-class PeakBytes:
-    """The high-water mark of what happens between construction and ``read``, beyond what was held before.
-
-    On CUDA from torch's allocator; on Linux from the kernel's resident-set high-water mark, file-backed pages
-    (weights read for the first time) left out. ``read`` gives None where neither can say.
-    """
-
-    def __init__(self, device: torch.device, num_tokens: int) -> None:
-        self._device = device
-        self._before: tuple[int, int] | None = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = (torch.cuda.memory_allocated(device), 0)
-        elif device.type == "cpu" and num_tokens >= MEASURED_FROM_TOKENS:
-            self._before = _reset_and_read()
-
-    def read(self) -> int | None:
-        if self._before is None:
-            return None
-        held, file_backed = self._before
-        if self._device.type == "cuda":
-            return max(0, torch.cuda.max_memory_allocated(self._device) - held)
-        now = _status()
-        if now is None:
-            return None
-        newly_mapped = now["RssFile"] - file_backed
-        return max(0, now["VmHWM"] - held - newly_mapped)
-
-
-def _reset_and_read() -> tuple[int, int] | None:
-    """(resident bytes, file-backed ones) after giving free memory back and resetting the high-water mark."""
-    _trim()
-    try:
-        _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
-    except OSError:
-        return None
-    status = _status()
-    return None if status is None else (status["VmRSS"], status["RssFile"])
-
-
-def _status() -> dict[str, int] | None:
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    found = {
-        name: int(rest.split()[0]) * 1024
-        for name, _, rest in (line.partition(":") for line in lines)
-        if name in ("VmHWM", "VmRSS", "RssFile")
-    }
-    return found if len(found) == 3 else None
-
-
-@functools.cache
-def _malloc_trim() -> object | None:
-    try:
-        return getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except OSError:
-        return None
-
-
-def _trim() -> None:
-    trim = _malloc_trim()
-    if callable(trim):
-        trim(0)
+def watch_step(device: torch.device, num_tokens: int) -> Callable[[], int | None]:
+    """Called before a step; what it gives, called after it, tells the step's peak bytes, or None."""
+    if device.type == "cpu" and num_tokens < MEASURED_FROM_TOKENS:
+        return lambda: None
+    return PeakBytes(device).read
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kernels.registry import load as load_backend
 from models.contract import Choice, ModelInfo, Slice, SliceResult, StepResult, Tokenizer
 from models.errors import NonFiniteOutput
 from models.kv_cache import Cache
-from models.memory import PeakBytes, estimate_bytes
+from models.memory import estimate_bytes, watch_step
 from models.network import Network
 from models.rotary import sequence_lengths
 from models.seam import NAME, Member, Step, in_groups
@@ -110,11 +110,11 @@ class Model:
         if not slices:
             return StepResult((), None)
         check(slices, self._network, self._info.max_tokens)
-        peak = PeakBytes(self._network.device, sum(len(s.token_ids) for s in slices))
+        peak = watch_step(self._network.device, sum(len(s.token_ids) for s in slices))
         results = run(self._network, slices)
         for s in slices:
             _state(s).length += len(s.token_ids)
-        return StepResult(results, peak.read())
+        return StepResult(results, peak())
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         """Peak bytes of one request without the weights: its cache, and the activations of its largest

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from models import memory
+from kernels import peak
 from models.contract import Choice
 from models.kv_cache import Cache, LayerShape
-from models.memory import MEASURED_FROM_TOKENS, PeakBytes
+from models.memory import MEASURED_FROM_TOKENS, watch_step
 from tests.models.tiny import FAMILIES, bert, choice, llama, network, serve
 
 MEASURE = """
@@ -136,14 +136,14 @@ def test_the_estimate_grows_with_every_new_token_by_its_cache() -> None:
 
 
 def test_small_steps_are_not_measured() -> None:
-    assert PeakBytes(torch.device("cpu"), MEASURED_FROM_TOKENS - 1).read() is None
+    assert watch_step(torch.device("cpu"), MEASURED_FROM_TOKENS - 1)() is None
 
 
 def test_a_machine_without_proc_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CLEAR_REFS", memory.Path("/nowhere/clear_refs"))
-    assert PeakBytes(torch.device("cpu"), 4096).read() is None
-    monkeypatch.setattr(memory, "_STATUS", memory.Path("/nowhere/status"))
-    assert memory._status() is None
+    monkeypatch.setattr(peak, "_CLEAR_REFS", peak.Path("/nowhere/clear_refs"))
+    assert watch_step(torch.device("cpu"), 4096)() is None
+    monkeypatch.setattr(peak, "_STATUS", peak.Path("/nowhere/status"))
+    assert peak._status() is None
 
 
 def test_a_cache_gives_back_what_was_written_as_views() -> None:
