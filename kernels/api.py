@@ -110,21 +110,23 @@ def attend(
     layer: int = 0,
     start: int | None = None,
     impl: Impl = "auto",
+    learned: object | None = None,
 ) -> AttentionResult:
     """Attention of queries at positions ``start .. start+N-1`` over keys at ``0 .. M-1``.
 
-    q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv] -> out [B, H, N, Dv] in q's dtype, lse [B, H, N] fp32.
-    ``start`` defaults to M - N. Accumulates in fp32 (fp64 for fp64 inputs).
+    q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv] -> out [B, H, N, Dv] in q's dtype, lse [B, H, N] fp32
+    (None where the backend approximates). ``start`` defaults to M - N. ``learned``: the layer's own
+    parameters for a backend that needs them. Accumulates in fp32 (fp64 for fp64 inputs).
 
     Raises UnknownBackend, InvalidParams, ValueError (shapes and ranges) and Unsupported (capabilities).
     """
     method = load(backend)
     knobs = _parse(method, params)
     start = k.shape[-2] - q.shape[-2] if start is None else start
-    call = Call(causal=causal, scale=scale, seed=seed, layer=layer, start=start)
+    call = Call(causal=causal, scale=scale, seed=seed, layer=layer, start=start, learned=learned)
     _check_call(call)
     _check_tensors(q, k, v, start)
-    execute = _executable(method, knobs, causal, impl)
+    execute = _executable(method, knobs, call, impl)
     with torch.no_grad():
         return execute(_rows_dense(q), _rows_dense(k), _rows_dense(v), knobs, call)
 
@@ -139,6 +141,7 @@ def attend_packed(
     scale: float,
     layer: int = 0,
     impl: Impl = "auto",
+    learned: object | None = None,
 ) -> PackedResult:
     """Many sequences of unequal length in one call, each over its own keys: q [1, H, T, D] -> out [1, H, T,
     Dv].
@@ -148,23 +151,29 @@ def attend_packed(
     """
     method = load(backend)
     knobs = _parse(method, params)
-    call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0)
+    call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0, learned=learned)
     _check_call(call)
     _check_segments(q, segments)
-    execute = _executable(method, knobs, causal, impl)
+    execute = _executable(method, knobs, call, impl)
     q = _rows_dense(q)
     out = q.new_empty(1, q.shape[1], q.shape[2], segments[0].v.shape[-1])
     stats: list[Stats] = []
     dropped: list[Tensor | None] = []
     with torch.no_grad():
         for segment in segments:
-            own = replace(call, seed=segment.seed, start=segment.start, summaries=segment.summaries)
+            own = _own_call(call, segment)
             rows = q[:, :, segment.rows]
             result = execute(rows, _rows_dense(segment.k), _rows_dense(segment.v), knobs, own)
             out[:, :, segment.rows] = result.out
             stats.append(result.stats)
             dropped.append(result.dropped)
     return PackedResult(out, tuple(stats), tuple(dropped))
+
+
+def _own_call(call: Call, segment: Segment) -> Call:
+    return replace(
+        call, seed=segment.seed, start=segment.start, summaries=segment.summaries, kept=segment.kept
+    )
 
 
 def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Params:
@@ -205,10 +214,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]} ..."
 
 
-def _executable(backend: Backend, params: Params, causal: bool, impl: Impl) -> Execute:
+def _executable(backend: Backend, params: Params, call: Call, impl: Impl) -> Execute:
     """The impl that will run, or Unsupported with every reason."""
     reasons: list[str] = []
-    able = backend.capabilities
+    able, causal = backend.capabilities, call.causal
     if causal and not able.causal:
         reasons.append("it has no causal form")
     if not causal and not able.bidirectional:
@@ -216,6 +225,8 @@ def _executable(backend: Backend, params: Params, causal: bool, impl: Impl) -> E
     chosen = "torch" if impl == "auto" else impl
     if chosen not in backend.impls:
         reasons.append(f"it has no impl {chosen!r}, only {', '.join(backend.impls)}")
+    if able.learned and call.learned is None:
+        reasons.append("it needs parameters that a model must carry for it, and none were given")
     reasons += backend.unsupported(params, causal)
     if reasons:
         raise Unsupported(backend.name, reasons)

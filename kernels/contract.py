@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.math.block_lists import BlockLists
+    from kernels.math.kept import KeptStates
     from kernels.math.summaries import BlockSummaries
 
 Selection = Literal["none", "row", "tile", "prompt"]
@@ -73,7 +74,10 @@ class Capabilities:
     random: bool = False
     """True where the result depends on the request's seed."""
     learned: bool = False
-    """True where a model must carry the backend's own parameters."""
+    """True where a model must carry the backend's own parameters (``Call.learned``)."""
+    approximates: bool = False
+    """True where pairs that are not kept exactly are approximated instead of dropped: the result is no
+    softmax over the kept pairs, and has no log-sum-exp."""
     complexity: str = "O(N^2)"
     exponent: float = 1.0
     """Documented growth of a prefill's time with N at fixed params: time ~ N ** exponent for large N."""
@@ -91,6 +95,10 @@ class Stats:
     rest of the selection is not counted). ``dropped_mass`` is the mean over rows and heads of the estimated
     softmax mass that the selection left out: 0 for ``exact``, None where a backend has no estimate.
 
+    ``other_flops`` counts the floating-point operations (a multiplication and an addition are two) that are
+    neither a score element's nor a scored logit's: features and what is summed over them, hashes, clusters.
+    ``kept_per_head`` [H] splits ``pairs_kept`` by query head where heads choose apart; None elsewhere.
+
     ``density_computed`` is the attention's own: without what was scored to choose.
     """
 
@@ -103,6 +111,8 @@ class Stats:
     pairs_dense: int = 0
     pairs_scored: int = 0
     dropped_mass: float | None = None
+    other_flops: int = 0
+    kept_per_head: tuple[int, ...] | None = None
 
     @property
     def density(self) -> float:
@@ -146,6 +156,11 @@ class Call:
     summaries: BlockSummaries | None = None
     """What is already known about the blocks of these keys (bounds and means), kept beside a sequence's cache
     from call to call; None: computed for this call alone. A result never depends on it."""
+    kept: KeptStates | None = None
+    """What backends keep beside a sequence's cache from call to call (running sums of features, hash codes);
+    None: computed for this call alone. A result never depends on it."""
+    learned: object | None = None
+    """The layer's own parameters for this backend, which the model carries; None where it has none."""
 
 
 class Select(Protocol):
@@ -227,6 +242,7 @@ class Segment:
     start: int
     seed: int = 0
     summaries: BlockSummaries | None = None
+    kept: KeptStates | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""Random features whose products estimate the exponential kernel (FAVOR+).
+
+    e^(t <q, k>) = E[ sum_r e^(a_r(q) + e_r(k)) ],      t = scale, r = 1 .. F
+    e_r(k) = sqrt|t| <w_r, k> - |t| |k|^2 / 2
+    a_r(q) = sqrt|t| <w_r, sign(t) q> - |t| |q|^2 / 2 - log F
+    positive:    F rows w_r of W            hyperbolic:  F / 2 rows, each with both signs
+
+Choromanski et al., "Rethinking attention with Performers" (arXiv 2009.14794), section 2. W is iid normal, or
+blocks of D orthogonal rows with the norms of iid ones. Everything stays in the exponent until a sum is due,
+so nothing overflows. The relative variance of one feature is e^(t |q + k|^2) - 1: it grows so fast with the
+norms that keys are centred first (``key_centre``), which a softmax does not see.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from kernels.contract import Call, Params
+from kernels.math.rng import bits, fold
+
+
+class FeatureParams(Params):
+    """The knobs of a feature map, shared by the backends that estimate with one."""
+
+    num_features: int = Field(default=256, ge=2, le=4096, description="Random features per head.")
+    features: Literal["positive", "hyperbolic"] = Field(
+        default="hyperbolic",
+        description="positive: one per random direction; hyperbolic: each direction with both signs (even).",
+    )
+    projection: Literal["orthogonal", "iid"] = Field(
+        default="orthogonal",
+        description="Random directions: orthogonal in blocks of head_dim, or independent.",
+    )
+    centre_keys: int = Field(
+        default=64,
+        ge=0,
+        le=4096,
+        description=(
+            "Keys lose the mean of the first so many (bidirectional: of all keys), which no softmax sees "
+            "and which makes features exacter; causal rows among the first attend exactly. 0: off."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.features == "hyperbolic" and self.num_features % 2:
+            raise ValueError(
+                f"num_features must be even where features is hyperbolic, got {self.num_features}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """``weights`` [Hk, R, D] in the accumulator's dtype, shared by the query heads of a key head; F = R or
+    2 R."""
+
+    weights: Tensor
+    hyperbolic: bool
+    scale: float
+
+    @property
+    def num_features(self) -> int:
+        return self.weights.shape[1] * (2 if self.hyperbolic else 1)
+
+    def log_keys(self, k: Tensor) -> Tensor:
+        """e_r(k): k [B, Hk, M, D] in the weights' dtype -> [B, Hk, M, F]."""
+        root = math.sqrt(abs(self.scale))
+        return self._exponents(torch.matmul(k * root, self.weights.mT), k)
+
+    def log_queries(self, q: Tensor) -> Tensor:
+        """a_r(q): q [B, Hk, G, N, D] -> [B, Hk, G, N, F]."""
+        root = math.copysign(math.sqrt(abs(self.scale)), self.scale)
+        logs = self._exponents(torch.matmul(q * root, self.weights[:, None].mT), q)
+        return logs.sub_(math.log(self.num_features))
+
+    def _exponents(self, projected: Tensor, x: Tensor) -> Tensor:
+        half_norm = (x.square().sum(-1, keepdim=True)).mul_(abs(self.scale) / 2)
+        if self.hyperbolic:
+            projected = torch.cat([projected, -projected], -1)
+        return projected.sub_(half_norm)
+
+
+def feature_map(
+    params: FeatureParams,
+    call: Call,
+    num_key_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FeatureMap:
+    """The map of one layer, drawn from (seed, layer, key head)."""
+    hyperbolic = params.features == "hyperbolic"
+    rows = params.num_features // (2 if hyperbolic else 1)
+    drawn = [
+        _directions(fold(call.seed, call.layer, _STREAM, head), rows, head_dim, params.projection)
+        for head in range(num_key_heads)
+    ]
+    return FeatureMap(torch.stack(drawn).to(dtype=dtype, device=device), hyperbolic, call.scale)
+
+
+_STREAM = 2
+
+
+def _directions(stream: int, rows: int, dim: int, projection: str) -> Tensor:
+    """W [rows, dim] fp64."""
+    if projection == "iid":
+        return normals(stream, rows, dim)
+    blocks = -(-rows // dim)
+    gaussian = normals(fold(stream, 0), blocks * dim, dim).view(blocks, dim, dim)
+    ortho, upper = torch.linalg.qr(gaussian)
+    ortho = ortho * torch.diagonal(upper, dim1=-2, dim2=-1).sign()[:, None, :]
+    norms = normals(fold(stream, 1), rows, dim).norm(dim=-1, keepdim=True)
+    directions: Tensor = ortho.mT.reshape(blocks * dim, dim)[:rows] * norms
+    return directions
+
+
+def normals(stream: int, rows: int, columns: int) -> Tensor:
+    """Standard normal numbers [rows, columns] fp64 of a stream: Box-Muller on the counter-based generator,
+    number t from counters 2 t and 2 t + 1."""
+    counters = torch.arange(rows * columns * 2)
+    drawn = bits(torch.tensor(stream), counters).view(-1, 2)
+    uniform = ((drawn >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    radius = uniform[:, 0].log().mul_(-2.0).sqrt_()
+    return (radius * torch.cos(uniform[:, 1] * (2 * math.pi))).view(rows, columns)
+
+
+def key_centre(k: Tensor, params: FeatureParams, call: Call) -> Tensor | None:
+    """The mean [B, Hk, 1, D] to take off every key, in k's dtype; None where keys stay as they are."""
+    if params.centre_keys == 0:
+        return None
+    first = k[:, :, : params.centre_keys] if call.causal else k
+    return first.mean(2, keepdim=True)
