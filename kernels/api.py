@@ -21,6 +21,7 @@ from kernels.contract import (
     AttentionResult,
     Backend,
     Call,
+    Capabilities,
     Execute,
     Impl,
     PackedResult,
@@ -57,8 +58,9 @@ def backend_names() -> tuple[str, ...]:
 def describe(name: str, *, graph: bool = True) -> dict[str, Any]:
     """Backend ``name`` as plain JSON values: summary, paper, conditions, params schema, defaults,
     capabilities, and ``graph``: what ``kernels.conditions`` finds at the defaults and GRAPH_TOKENS tokens in
-    each direction, null where the backend has none. That is computed once, on first use, in about a tenth of
-    a second per direction; ``graph`` False leaves it out.
+    each direction, null where the backend has none; null as a whole where the backend has no mask
+    (``kernels.conditions.why_no_mask``). That is computed once, on first use, in about a tenth of a second
+    per direction; ``graph`` False leaves it out.
 
     Raises UnknownBackend, which lists the known names.
     """
@@ -78,9 +80,11 @@ def describe(name: str, *, graph: bool = True) -> dict[str, Any]:
 
 
 @cache
-def _graph(name: str) -> dict[str, Any]:
-    from kernels.conditions import conditions, directions
+def _graph(name: str) -> dict[str, Any] | None:
+    from kernels.conditions import conditions, directions, why_no_mask
 
+    if why_no_mask(name) is not None:
+        return None
     defaults = load(name).params()
     found = {
         direction: conditions(name, defaults, num_tokens=GRAPH_TOKENS, causal=causal).as_json()
@@ -231,7 +235,13 @@ def _executable(backend: Backend, params: Params, call: Call, impl: Impl) -> Exe
     if reasons:
         raise Unsupported(backend.name, reasons)
     execute = backend.impls[chosen]
-    return partial(run_spread, execute) if chosen == "torch" and able.selection == "tile" else execute
+    return partial(run_spread, execute) if chosen == "torch" and _spreads(able) else execute
+
+
+def _spreads(able: Capabilities) -> bool:
+    """Whether stretches of rows may go side by side: a tile's choice and its products ask for it. What sums
+    over all keys before a row would do so again in every stretch."""
+    return able.selection == "tile" and not able.approximates
 
 
 def _check_call(call: Call) -> None:

@@ -5,7 +5,8 @@
 A mask is read from attention itself: with the identity as values its output is its weights, and a pair is
 kept where the weight is above zero. Logits are 0 where they do not matter and small where they do, so no kept
 weight is rounded away. Impl ``reference`` tells a fixed pattern. A choice that depends on the data is told by
-impl ``torch``, which is the one that serves: the references go pair by pair.
+impl ``torch``, which is the one that serves: the references go pair by pair. There is no mask where every
+pair has some weight, or where the choice is a model's own (``why_no_mask``).
 
 Yun et al., "O(n) connections are expressive enough" (arXiv 2006.04862). Its theorem asks for all three and
 promises that a deep enough network of such layers can approximate any continuous map of sequences. It says
@@ -34,6 +35,24 @@ _HEAD_DIM = 16
 _PROBE_ROWS = 16
 _PROBE_COLUMNS = 8
 _PROBE_ROUNDING = 1e-5
+
+
+class NoMask(ValueError):
+    """The backend has no mask: no pattern of pairs that are kept and others that are left out."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        self.backend, self.reason = backend, reason
+        super().__init__(f"attention backend {backend!r} has no mask: {reason}")
+
+
+def why_no_mask(backend: str) -> str | None:
+    """Why no mask can be told for ``backend``; None where one can."""
+    able = load(backend).capabilities
+    if able.approximates:
+        return "it approximates the pairs that it does not keep, so every visible pair has some weight"
+    if able.learned:
+        return "which pairs it keeps is decided by parameters that a model must carry for it"
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,9 +107,10 @@ def mask(
     Every head has keys of its own. Where the choice depends on the data, queries and keys are standard normal
     and fixed by ``seed``: one example. Takes O(heads N^2) memory.
 
-    Raises UnknownBackend, InvalidParams, Unsupported, and ValueError for a length out of 1 .. 4096.
+    Raises UnknownBackend, InvalidParams, Unsupported, NoMask, and ValueError for a length out of 1 .. 4096.
     """
     _check_length(num_tokens)
+    _check_mask(backend)
     knobs, identity = parse_params(backend, params), torch.eye(num_tokens)
     return _attended(backend, knobs, identity, num_tokens, causal, layer, seed, heads) > 0
 
@@ -108,6 +128,7 @@ def conditions(
     Takes O(p N^2) memory and time O(s nnz N / 64); the search for a path is bounded.
     """
     _check_length(num_tokens)
+    _check_mask(backend)
     knobs = parse_params(backend, params)
     num_patterns, num_heads = _turns(backend, knobs, num_tokens, causal, seed)
     masks = [
@@ -220,6 +241,12 @@ def directions(backend: str, params: Params) -> dict[str, bool]:
         for name, causal in (("bidirectional", False), ("causal", True))
         if serves[causal] and not method.unsupported(params, causal)
     }
+
+
+def _check_mask(backend: str) -> None:
+    reason = why_no_mask(backend)
+    if reason is not None:
+        raise NoMask(backend, reason)
 
 
 def _check_length(num_tokens: int) -> None:

@@ -34,6 +34,8 @@ DPI = 100
 MARGIN_LEFT, MARGIN_TOP, MARGIN_RIGHT, MARGIN_BOTTOM = 72, 84, 24, 56
 """Pixels around the mask in a picture of one."""
 _LENGTHS = (256, 512, 1024)
+_NOT_SIZES = ("num_buckets", "num_clusters", "iterations")
+"""Whole numbers that, made smaller, let rows see more or show nothing."""
 _SIDE = 512
 _OVERVIEW_SIDE = 256
 _OVERVIEW_BACKENDS_PER_ROW = 2
@@ -118,7 +120,7 @@ def _drawings(backend: str, params: Params, num_tokens: int) -> list[Drawing]:
 
 
 def demonstration_params(backend: str, num_tokens: int) -> Params:
-    """The defaults with every whole number above N / 16 shrunk: to the smallest power of two, from a
+    """The defaults with every size, a whole number, above N / 16 shrunk: to the smallest power of two, from a
     sixteenth of N and of itself on, that the backend accepts beside the others. One for which it accepts none
     stays."""
     shown = parse_params(backend)
@@ -129,8 +131,8 @@ def demonstration_params(backend: str, num_tokens: int) -> Params:
 
 def _one_shrunk(backend: str, params: Params, num_tokens: int) -> Params | None:
     """With one number smaller, or None where none can be."""
-    defaults = _whole_numbers(parse_params(backend))
-    for name, value in _whole_numbers(params).items():
+    defaults = _sizes(parse_params(backend))
+    for name, value in _sizes(params).items():
         size = 1 << max(1, num_tokens // 16, defaults[name] // 16).bit_length() - 1
         while size < value:
             if (smaller := _accepted(backend, params, name, size)) is not None:
@@ -141,15 +143,15 @@ def _one_shrunk(backend: str, params: Params, num_tokens: int) -> Params | None:
 
 def _halved(backend: str, params: Params) -> Params:
     """With every whole number halved for which the backend accepts that."""
-    for name, value in _whole_numbers(params).items():
+    for name, value in _sizes(params).items():
         smaller = _accepted(backend, params, name, value // 2) if value > 1 else None
         params = smaller or params
     return params
 
 
-def _whole_numbers(params: Params) -> dict[str, int]:
+def _sizes(params: Params) -> dict[str, int]:
     given = params.model_dump()
-    return {name: value for name, value in given.items() if type(value) is int}
+    return {name: value for name, value in given.items() if type(value) is int and name not in _NOT_SIZES}
 
 
 def _accepted(backend: str, params: Params, name: str, value: int) -> Params | None:

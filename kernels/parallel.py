@@ -83,12 +83,18 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     all workers are started here, and the number is set back.
     """
     started = threading.Barrier(num_threads + 1)
-    pool = ThreadPoolExecutor(num_threads, "attention", initializer=lambda: torch.set_num_threads(1))
+    pool = ThreadPoolExecutor(num_threads, "attention", initializer=_compute_alone)
     for _ in range(num_threads):
         pool.submit(started.wait)
     started.wait()
     torch.set_num_threads(num_threads)
     return pool
+
+
+def _compute_alone() -> None:
+    """A thread asks for the number once, at its first use of torch, and would forget one set before it."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _joined(parts: Sequence[AttentionResult], spent_ms: float) -> AttentionResult:
@@ -115,7 +121,14 @@ def _summed(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> 
         pairs_computed=sum(s.pairs_computed for s in stats),
         pairs_dense=sum(s.pairs_dense for s in stats),
         pairs_scored=sum(s.pairs_scored for s in stats),
+        other_flops=sum(s.other_flops for s in stats),
+        kept_per_head=_per_head([s.kept_per_head for s in stats]),
         selection_ms=share * spent_ms,
         compute_ms=(1 - share) * spent_ms,
         dropped_mass=None if dropped is None else float(dropped.mean()),
     )
+
+
+def _per_head(kept: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    told = [each for each in kept if each is not None]
+    return tuple(map(sum, zip(*told, strict=True))) if told else None

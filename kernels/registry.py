@@ -21,6 +21,12 @@ BACKENDS: dict[str, str] = {
     "topk": "kernels.attention.topk",
     "pages": "kernels.attention.pages",
     "vertical_slash": "kernels.attention.vertical_slash",
+    "lsh": "kernels.attention.lsh",
+    "kmeans": "kernels.attention.kmeans",
+    "scatterbrain": "kernels.attention.scatterbrain",
+    "performer": "kernels.attention.performer",
+    "nystrom": "kernels.attention.nystrom",
+    "sbm": "kernels.attention.sbm",
 }
 
 

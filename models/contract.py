@@ -6,8 +6,10 @@ E model width · V vocabulary · T tokens of one packed step.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kernels.contract import Params
@@ -29,6 +31,15 @@ class Choice:
     params: Params
     seed: int = 0
 
+    @cached_property
+    def method(self) -> tuple[str, str]:
+        """Backend and params as one value to sort and group by. Params may hold mappings, which have no
+        hash: what stands for them is their JSON, its keys in order."""
+        return self.backend, json.dumps(self.params.model_dump(mode="json"), sort_keys=True)
+
+    def __hash__(self) -> int:
+        return hash((self.method, self.seed))
+
 
 class ModelError(Exception):
     """A model cannot be fetched or served; the message says why and what to do."""
@@ -38,8 +49,16 @@ class ModelError(Exception):
 class Work:
     """What attention did for one sequence, summed over steps. Pairs as in ``kernels.contract.Stats``, over
     the layers to which the choice applies; FLOPs over the whole forward (linear layers, every attention
-    layer). ``dropped_mass`` sums the mean over heads of the softmax mass left out, over the ``dropped_rows``
-    pairs of a layer and a row that have an estimate."""
+    layer).
+
+    ``dropped_mass`` sums the mean over heads of the softmax mass left out, over the ``dropped_rows`` pairs of
+    a layer and a row that have an estimate. A backend may measure some rows of a call only: they stand for
+    the call's others. ``unmeasured_rows`` are those of calls that measured none (most decode steps); the next
+    of the same sequence that measures stands for them too (``then``).
+
+    ``kept_per_head`` has, by ordinal of a layer whose heads choose apart, the pairs kept by each head;
+    ``exact_per_head`` the pairs that ``exact`` would compute in each, in the same calls.
+    """
 
     pairs_kept: int = 0
     pairs_exact: int = 0
@@ -47,13 +66,27 @@ class Work:
     pairs_dense: int = 0
     dropped_mass: float = 0.0
     dropped_rows: int = 0
+    unmeasured_rows: int = 0
     flops: float = 0.0
     flops_exact: float = 0.0
     selection_ms: float = 0.0
     attention_ms: float = 0.0
     impl: str = ""
+    kept_per_head: dict[int, list[int]] = field(default_factory=dict)
+    exact_per_head: dict[int, int] = field(default_factory=dict)
+
+    def then(self, step: Work) -> None:
+        """Add the next step of the same sequence."""
+        if step.dropped_rows:
+            share = self.unmeasured_rows / step.dropped_rows
+            self.dropped_mass += share * step.dropped_mass
+            self.dropped_rows += self.unmeasured_rows
+            self.unmeasured_rows = 0
+        self.unmeasured_rows += step.unmeasured_rows
+        self.add(step)
 
     def add(self, other: Work) -> None:
+        """Add the work done for another sequence, or in another phase."""
         self.pairs_kept += other.pairs_kept
         self.pairs_exact += other.pairs_exact
         self.pairs_computed += other.pairs_computed
@@ -65,6 +98,14 @@ class Work:
         self.selection_ms += other.selection_ms
         self.attention_ms += other.attention_ms
         self.impl = other.impl or self.impl
+        for layer, kept in other.kept_per_head.items():
+            self.count_heads(layer, kept, other.exact_per_head[layer])
+
+    def count_heads(self, layer: int, kept: Sequence[int], exact: int) -> None:
+        """``kept`` pairs of each head of one layer, of ``exact`` in each."""
+        before = self.kept_per_head.get(layer, [0] * len(kept))
+        self.kept_per_head[layer] = [a + b for a, b in zip(before, kept, strict=True)]
+        self.exact_per_head[layer] = self.exact_per_head.get(layer, 0) + exact
 
 
 class SequenceState(Protocol):

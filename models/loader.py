@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from models.contract import ModelError, ModelInfo, ServedModel, Task
 from models.fetch import FetchSource
 from models.files import default_cache_dir
+from models.learned import FILES, notes, num_parameters, read_learned
 from models.metadata import Metadata, read_json, read_metadata
 from models.network import Network, build_network
 from models.plan import refuse_class, refuse_config
@@ -67,6 +69,8 @@ def load_model(
         max_tokens -= offset
         replace_rotary(network)
         built = build_network(network, max_tokens, offset)
+        learned = read_learned(found.directory, built.plan, DTYPES[dtype], device)
+        built = replace(built, learned=learned)
     info = _info(name, source, found, network, built, metadata, tokenizer, max_tokens, device, dtype)
     return Model(built, info, tokenizer)
 
@@ -149,7 +153,7 @@ def _read_config(directory: Path) -> Any:
 
 
 def _require_safetensors(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
+    if any(path.name not in FILES.values() for path in directory.glob("*.safetensors")):
         return
     pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
     if pickles:
@@ -221,11 +225,11 @@ def _info(
     dtype: str,
 ) -> ModelInfo:
     config, plan = network.config, built.plan
-    notes = [*found.notes, *metadata.notes]
+    told = [*found.notes, *metadata.notes, *notes(built.learned)]
     if metadata.max_seq_length is not None and metadata.max_seq_length < max_tokens:
-        notes.append(f"its authors used up to {metadata.max_seq_length} tokens (sentence_bert_config.json)")
+        told.append(f"its authors used up to {metadata.max_seq_length} tokens (sentence_bert_config.json)")
     if is_length_dependent(built.body):
-        notes.append("rotary frequencies depend on each sequence's own length")
+        told.append("rotary frequencies depend on each sequence's own length")
     return ModelInfo(
         name=name,
         source=source,
@@ -240,13 +244,13 @@ def _info(
         applied_layers=plan.applied_layers,
         local_layers=plan.local_layers,
         embedding_dim=built.sizes.hidden_size,
-        num_parameters=sum(p.numel() for p in network.parameters()),
+        num_parameters=sum(p.numel() for p in network.parameters()) + num_parameters(built.learned),
         pooling=metadata.pooling or ("last" if plan.causal else "mean"),
         prompts=found.prompts or metadata.prompts,
         special_token_ids=tokenizer.special_token_ids,
         eos_token_ids=_eos(config, metadata, tokenizer) if built.head is not None else (),
         license=metadata.license or found.license,
-        notes=tuple(notes),
+        notes=tuple(told),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.head import Head
 from models.memory import Sizes
 from models.plan import ModelPlan, body_arguments, make_plan
+from models.seam import Learned
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Network:
     linear_params: float
     """Weights that every token is multiplied with; embeddings and head left out."""
     head_params: int
+    learned: Learned = field(default_factory=dict)
+    """What the model carries for backends that need parameters of their own."""
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,8 @@ Two measurements per contender (a backend at one setting). Error: exact reads th
 values of its layers are kept, and every contender runs on them chunk by chunk in turns with exact
 (``models.quality_error``). Perplexity: the contender reads the text in every layer, through the served model
 (``models.quality_perplexity``). Results are written after every backend and every reading; ``--resume`` goes
-on after an interruption. Trust times from an otherwise idle machine only.
+on after an interruption, and adds other ``--backends`` to what is there. Trust times from an otherwise idle
+machine only. Encoders have ``models.quality_encoder``.
 """
 
 from __future__ import annotations
@@ -15,31 +16,24 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from pathlib import Path
 from time import perf_counter
 
-from kernels.api import backend_names
-from kernels.registry import UnknownBackend
 from models.contract import ModelError
-from models.errors import NonFiniteOutput
 from models.loader import load_model
 from models.quality_contenders import (
-    EXACT,
     Contender,
     contender,
-    default_contenders,
-    read_contenders,
+    contenders_of,
     refuse_cut_tiles,
     refuse_unsupported,
 )
-from models.quality_error import measure_errors
+from models.quality_ladders import DECODER, EXACT
 from models.quality_options import context_of, read_options, settings_of
 from models.quality_perplexity import Reading, compare, read_text
-from models.quality_plot import pyplot, write_plots
-from models.quality_record import record_layers
+from models.quality_plot import decoder_panels, pyplot
 from models.quality_report import markdown
-from models.quality_store import Results, begin, open_results, save
+from models.quality_run import Pending, guarded, tell, write_report
+from models.quality_store import Results, begin, open_results
 from models.runner import Model
 
 LONG_TOKENS = 4096
@@ -50,77 +44,49 @@ READINGS_PER_EXACT = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = read_options(argv)
-    try:
-        run(options)
-    except (ModelError, NonFiniteOutput, UnknownBackend, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    return 0
+    return guarded(run, read_options(argv))
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not measured yet, then write tables and plots."""
     if options.plot:
         pyplot()
-    contenders, context = _contenders(options), context_of(options)
+    contenders = contenders_of(DECODER, True, options.backends, options.contenders)
+    context = context_of(options)
     refuse_cut_tiles(contenders, options.chunk_tokens)
     results = open_results(options.json, options.resume, settings_of(options), context)
-    pending = Pending(options, contenders, results)
+    pending = PendingReadings(options, contenders, results)
     if pending:
         begin(results, context, os.getloadavg()[0])
         began = perf_counter()
         pending.measure(lambda: _load(options, contenders))
-        _tell(f"measured in {perf_counter() - began:.0f} s")
-    write_report(options, results)
+        tell(f"measured in {perf_counter() - began:.0f} s")
+    write_report(options, results, markdown, decoder_panels)
 
 
-class Pending:
-    """What is left to measure."""
+class PendingReadings(Pending):
+    """Errors and readings that are left."""
 
     def __init__(self, options: argparse.Namespace, contenders: list[Contender], results: Results) -> None:
-        self._options, self._contenders, self._results = options, contenders, results
+        super().__init__(options, contenders, results, LONG_TOKENS, options.chunk_tokens)
 
     def __bool__(self) -> bool:
-        return any(self._errors(n) or self._readings(n) for n in self._options.tokens)
+        return any(self.errors_left(n) or self._readings(n) for n in self._options.tokens)
 
     def measure(self, load: Callable[[], tuple[Model, list[int]]]) -> None:
         model, token_ids = load()
         for tokens in self._options.tokens:
-            self._measure_errors(model, token_ids[:tokens])
+            self.measure_errors(model, token_ids[:tokens])
             self._measure_perplexity(model, token_ids[: tokens + 1])
-
-    def _errors(self, tokens: int) -> list[Contender]:
-        return [each for each in self._contenders if not self._results.has_error(tokens, each.key)]
 
     def _readings(self, tokens: int) -> list[Contender]:
         wanted = {"all": True, "none": False}.get(self._options.perplexity)
-        by_default = [tokens <= LONG_TOKENS or each.long for each in self._contenders]
+        by_default = [tokens <= LONG_TOKENS or each.chosen for each in self._contenders]
         return [
             each
             for each, default in zip(self._contenders, by_default, strict=True)
             if (default if wanted is None else wanted) and not self._results.has_perplexity(tokens, each.key)
         ]
-
-    def _measure_errors(self, model: Model, token_ids: list[int]) -> None:
-        left, tokens = self._errors(len(token_ids)), len(token_ids)
-        if not left:
-            return
-        layers = model.info.applied_layers[:: layer_step(self._options.layers, tokens)]
-        _tell(f"{tokens} tokens: recording {len(layers)} layers")
-        records = record_layers(model._network, token_ids, layers, self._options.chunk_tokens)
-        for backend, group in groupby(left, key=lambda each: each.backend):
-            rows = measure_errors(
-                records,
-                list(group),
-                chunk_tokens=self._options.chunk_tokens,
-                seed=self._options.seed,
-                repeat=self._options.repeat,
-            )
-            self._results.errors += rows
-            self._save()
-            for row in rows:
-                share = f"{100 * row.time_share:.0f} % of exact's {row.exact_attention_s:.1f} s"
-                _tell(f"{tokens} tokens: {backend} {row.params}: error {row.error:.4f}, {share}")
 
     def _measure_perplexity(self, model: Model, token_ids: list[int]) -> None:
         tokens = len(token_ids) - 1
@@ -130,8 +96,8 @@ class Pending:
                 reading = self._read(model, token_ids, each)
             row = compare(tokens, each, reading, exact)
             self._results.perplexities.append(row)
-            self._save()
-            _tell(
+            self.save()
+            tell(
                 f"{tokens} tokens: {number}. {each.label}: perplexity {row.perplexity:.3f} "
                 f"({row.change_percent:+.2f} %), {row.total_s:.1f} s"
             )
@@ -147,38 +113,15 @@ class Pending:
     def _read(self, model: Model, token_ids: list[int], each: Contender) -> Reading:
         return read_text(model, token_ids, each.choice(self._options.seed), self._options.chunk_tokens)
 
-    def _save(self) -> None:
-        if self._options.json:
-            save(self._results, self._options.json)
-
-
-def layer_step(asked: int | None, tokens: int) -> int:
-    """Every how many of the layers the error is measured."""
-    return asked or (1 if tokens <= LONG_TOKENS else 3)
-
-
-def write_report(options: argparse.Namespace, results: Results) -> None:
-    plots = write_plots(results, options.plot) if options.plot else []
-    base = options.markdown.parent if options.markdown else Path()
-    text = markdown(results, [os.path.relpath(plot, base) for plot in plots])
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
-    else:
-        print(text)
-
-
-def _contenders(options: argparse.Namespace) -> list[Contender]:
-    """Sorted by registry order, so that those of one backend are measured together."""
-    if options.contenders is None:
-        return default_contenders(options.backends)
-    order = backend_names().index
-    return sorted(read_contenders(options.contenders), key=lambda each: order(each.backend))
-
 
 def _load(options: argparse.Namespace, contenders: list[Contender]) -> tuple[Model, list[int]]:
     """The model and as many tokens of the text as the longest length needs, and one to predict."""
-    model = load_model(options.model, options.model, progress=_tell)
+    model = load_model(options.model, options.model, progress=tell)
     assert isinstance(model, Model)
+    if not model.info.causal:
+        raise ModelError(
+            f"{options.model!r} reads in both directions: measure it with python -m models.quality_encoder"
+        )
     refuse_unsupported(model, contenders)
     token_ids = model.tokenizer.encode(options.text.read_text(encoding="utf-8")).token_ids
     longest = max(options.tokens)
@@ -190,10 +133,6 @@ def _load(options: argparse.Namespace, contenders: list[Contender]) -> tuple[Mod
             "predicted; give a longer --text"
         )
     return model, token_ids
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

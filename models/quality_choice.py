@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from models.quality_contenders import EXACT, REMAINDER, key_of
+from models.quality_contenders import key_of
 from models.quality_error import ErrorRow
+from models.quality_ladders import EXACT, REMAINDER
 
 TIME_BUDGETS = (0.25, 0.35, 0.50, 0.75)
 """Shares of exact's attention time."""

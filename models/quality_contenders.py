@@ -1,33 +1,31 @@
-"""Who is measured: a ladder of settings per attention backend, from cheap to dear."""
+"""Who is measured: backends at settings, those of the default ladders or those that were asked for."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kernels.api import backend_names, parse_params
+from kernels.registry import load as load_backend
 from models.contract import Choice, ModelError
+from models.quality_ladders import Ladders
 from models.runner import Model
-
-EXACT = "exact"
-REMAINDER = "remainder"
-BUDGETS = (256, 512, 1024, 2048)
-
-Settings = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Contender:
     """One backend at one setting. ``params`` as asked for; ``full`` with every default filled in, which is
-    what identifies it. ``long``: its perplexity is measured at long lengths too."""
+    what identifies it. ``chosen``: its dear measurement is made where it is made of some. ``brief``: it is
+    measured at the usual length alone, unless asked for."""
 
     backend: str
     params: dict[str, Any]
     full: dict[str, Any] = field(compare=False)
-    long: bool = False
+    chosen: bool = False
+    brief: bool = False
 
     @property
     def key(self) -> str:
@@ -46,81 +44,64 @@ def key_of(backend: str, full: Mapping[str, Any]) -> str:
 
 
 def setting(params: Mapping[str, Any]) -> str:
-    """Params as tables show them."""
-    return ", ".join(f"{name}={value}" for name, value in params.items()) or "default"
+    """Params as tables show them; those of a support behind its name."""
+    return ", ".join(_told(params)) or "default"
 
 
-def contender(backend: str, params: Mapping[str, Any], long: bool = True) -> Contender:
+def _told(params: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _told(value, f"{name}.")
+        else:
+            yield f"{prefix}{name}={value}"
+
+
+def contender(backend: str, params: Mapping[str, Any], chosen: bool = True, brief: bool = False) -> Contender:
     """Raises UnknownBackend and InvalidParams."""
     full = parse_params(backend, params).model_dump(mode="json", exclude_none=True)
-    return Contender(backend, dict(params), full, long)
+    return Contender(backend, dict(params), full, chosen, brief)
 
 
-def _each(name: str, values: Sequence[int], **more: Any) -> Settings:
-    return tuple({name: value, **more} for value in values)
-
-
-def _remainders(settings: Settings, *remainders: str) -> Settings:
-    """The settings, and each with these remainders."""
-    return (*settings, *({**each, REMAINDER: what} for what in remainders for each in settings))
-
-
-def _selecting(budgets: Sequence[int]) -> Settings:
-    """Budgets from cheap to dear, two of them with every remainder."""
-    tried = tuple(budget for budget in budgets if budget in (256, 1024))
-    rest = tuple(budget for budget in budgets if budget not in tried)
-    return (*_remainders(_each("budget", tried), "mean", "gated"), *_each("budget", rest))
-
-
-LADDERS: dict[str, Settings] = {
-    EXACT: ({},),
-    "window": _each("window", (512, 1024, 2048)),
-    "sinks": _each("window", BUDGETS),
-    "strided": _each("stride", (64, 512)),
-    "fixed": _each("stride", (64, 512)),
-    "star": _each("window", (2, 512)),
-    "random": ({"num_random": 256}, {"num_random": 1024, "block_size": 64}),
-    "bigbird": (
-        {},
-        {"window": 512, "num_random": 512},
-        {"window": 1024, "num_random": 1024},
-    ),
-    "xattention": (
-        *_selecting(BUDGETS),
-        *_remainders(({"mass": 0.9},), "gated"),
-        {"mass": 1.0, "skip": 0.001},
-    ),
-    "pooled": (*_selecting(BUDGETS), *_remainders(({"mass": 0.9},), "gated")),
-    "topk": _selecting((256, 1024, 2048)),
-    "pages": _selecting(BUDGETS),
-    "vertical_slash": (
-        {"num_verticals": 128, "num_slashes": 4},
-        {},
-        {"num_verticals": 1024, "num_slashes": 16},
-    ),
-}
-"""The default run. A registered backend without a ladder runs at its defaults."""
-
-LONG: dict[str, Settings] = {
-    EXACT: ({},),
-    "sinks": _each("window", (512,)),
-    "xattention": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
-    "pooled": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
-    "pages": _each("budget", (1024,)),
-    "vertical_slash": ({"num_verticals": 1024, "num_slashes": 16},),
-}
-"""The settings whose perplexity is measured beyond 4,096 tokens in the default run. A backend that has a
-ladder and is missing here has none: too far from exact to be worth the minutes. One without a ladder has."""
-
-
-def default_contenders(backends: Sequence[str] | None = None) -> list[Contender]:
-    """The ladders of the registered backends, or of those named; in registry order."""
-    found = []
-    for backend in backends or backend_names():
-        for params in LADDERS.get(backend, ({},)):
-            long = backend not in LADDERS or params in LONG.get(backend, ())
-            found.append(contender(backend, params, long))
+def unsuitable(causal: bool) -> dict[str, str]:
+    """The registered backends that such a model does not run at any setting, or only where it carries their
+    parameters, each with the reason."""
+    found = {}
+    for name in backend_names():
+        able = load_backend(name).capabilities
+        if able.learned:
+            found[name] = "needs parameters of its own in the model: ask for it with `--backends`"
+        elif causal and not (able.causal and able.decode):
+            found[name] = "has no causal form"
+        elif not causal and not able.bidirectional:
+            found[name] = "has no bidirectional form"
     return found
+
+
+def default_contenders(
+    ladders: Ladders, causal: bool, backends: Sequence[str] | None = None
+) -> list[Contender]:
+    """The ladders of the backends named, or of all registered ones that such a model can run; in registry
+    order."""
+    named = backends or [name for name in backend_names() if name not in unsuitable(causal)]
+    found = []
+    for backend in sorted(named, key=backend_names().index):
+        settings = ladders.settings.get(backend)
+        for params in settings or ({},):
+            chosen = settings is None or params in ladders.chosen.get(backend, ())
+            brief = params in ladders.brief.get(backend, ())
+            found.append(contender(backend, params, chosen, brief))
+    return found
+
+
+def contenders_of(
+    ladders: Ladders, causal: bool, backends: Sequence[str] | None, text: str | None
+) -> list[Contender]:
+    """Those of ``text`` (--contenders) where given, else the ladders; by registry order, so that those of one
+    backend are measured together."""
+    if text is None:
+        return default_contenders(ladders, causal, backends)
+    order = backend_names().index
+    return sorted(read_contenders(text), key=lambda each: order(each.backend))
 
 
 def read_contenders(text: str) -> list[Contender]:
@@ -153,13 +134,6 @@ def refuse_cut_tiles(contenders: Sequence[Contender], chunk_tokens: int) -> None
 
 def refuse_unsupported(model: Model, contenders: Sequence[Contender]) -> None:
     """ModelError naming every contender that the model cannot run, with the reasons."""
-    network = model._network
-    heads = network.plan.layers[0].shape.num_kv_heads
-    told = []
-    for each in contenders:
-        choice = each.choice(0)
-        reasons = [*model.unsupported(choice)]
-        reasons += choice.params.size_problems(len(network.plan.applied_layers), heads)
-        told += [f"{each.label}: {reason}" for reason in reasons]
+    told = [f"{each.label}: {reason}" for each in contenders for reason in model.unsupported(each.choice(0))]
     if told:
         raise ModelError("some contenders cannot run; leave them out with --contenders: " + "; ".join(told))

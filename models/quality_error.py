@@ -3,14 +3,15 @@
     error of a layer = sqrt( sum_i |(o^_i - o_i) W_O|^2 / sum_i |o_i W_O|^2 )        i over all rows
 
 o exact's output of a row, o^ the contender's from the same q, k, v, W_O the output projection. The mass truly
-dropped is 1 - exp(lse_kept - lse_exact), mean over rows and heads; where left-out keys were put back the
-kept log-sum-exp is not known and the mass is not reported.
+dropped is 1 - exp(lse_kept - lse_exact), mean over rows and heads; where left-out keys were put back or
+approximated the kept log-sum-exp is not known and the mass is not reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Call, Execute, Params
 from kernels.math.cache import DRAWS
+from kernels.math.kept import KeptStates
 from kernels.math.summaries import BlockSummaries
+from kernels.parallel import run_spread
 from kernels.registry import load as load_backend
-from models.quality_contenders import EXACT, REMAINDER, Contender, contender
+from models.quality_contenders import Contender, contender
+from models.quality_ladders import EXACT, REMAINDER
 from models.quality_record import LayerRecord, chunks
 
 
@@ -53,24 +57,34 @@ class ErrorRow:
     def worst_error(self) -> float:
         return max(self.layer_errors)
 
+    @property
+    def recall(self) -> float | None:
+        """Exact's softmax mass on the keys that were kept, mean over rows and heads."""
+        return None if self.dropped_true is None else 1 - self.dropped_true
+
 
 @dataclass
 class _Mean:
-    """A mean over rows and heads that is None as soon as one part is unknown."""
+    """A mean over rows and heads."""
 
     total: float = 0.0
-    count: int = 0
-    known: bool = True
+    count: float = 0.0
 
-    def add(self, values: Tensor | None) -> None:
-        self.known = self.known and values is not None
-        if values is not None:
-            self.total += float(values.double().sum())
-            self.count += values.numel()
+    def add(self, mean: float, count: float) -> None:
+        self.total += mean * count
+        self.count += count
 
     @property
     def value(self) -> float | None:
-        return self.total / self.count if self.known and self.count else None
+        return self.total / self.count if self.count else None
+
+
+@dataclass
+class _Kept:
+    """What a server keeps beside one layer's cache from chunk to chunk."""
+
+    summaries: BlockSummaries
+    states: KeptStates = field(default_factory=KeptStates)
 
 
 @dataclass
@@ -80,6 +94,7 @@ class _Tally:
     contender: Contender
     execute: Execute
     params: Params
+    approximates: bool
     seconds: float = 0.0
     selection_s: float = 0.0
     pairs: list[int] = field(default_factory=lambda: [0, 0, 0])
@@ -87,8 +102,8 @@ class _Tally:
     layer_errors: list[float] = field(default_factory=list)
     dropped: _Mean = field(default_factory=_Mean)
     truth: _Mean = field(default_factory=_Mean)
-    summaries: list[BlockSummaries] = field(default_factory=list)
-    """Of the layer at hand, one for each round: every chunk meets them as the chunk before it left them."""
+    kept: list[_Kept] = field(default_factory=list)
+    """Of the layer at hand, one for each round: every chunk meets it as the chunk before it left it."""
 
     def add(self, timed: _Timed, exact: _Timed, projection: Tensor) -> None:
         """One chunk of one layer. ``projection`` is W_O transposed, [H Dv, E]."""
@@ -98,8 +113,12 @@ class _Tally:
         counts = (stats.pairs_kept, stats.pairs_exact, stats.pairs_computed)
         self.pairs = [a + b for a, b in zip(self.pairs, counts, strict=True)]
         self.difference += squares(result.out - exact.result.out, projection)
-        self.dropped.add(result.dropped)
-        self.truth.add(_dropped_truly(result, exact.result, self.params))
+        rows = result.out[..., 0].numel()
+        if stats.dropped_mass is not None and not self.approximates:
+            self.dropped.add(stats.dropped_mass, rows)
+        truth = _dropped_truly(result, exact.result, self.params)
+        if truth is not None:
+            self.truth.add(float(truth.double().mean()), rows)
 
 
 @dataclass(frozen=True)
@@ -110,8 +129,12 @@ class _Timed:
 
 
 def _tally(each: Contender) -> _Tally:
+    """As served: a backend that selects by query tile has its rows spread over threads."""
     backend = load_backend(each.backend)
-    return _Tally(each, backend.impls["torch"], each.choice(0).params)
+    able, execute = backend.capabilities, backend.impls["torch"]
+    if able.selection == "tile":
+        execute = partial(run_spread, execute)
+    return _Tally(each, execute, each.choice(0).params, able.approximates)
 
 
 @torch.inference_mode()
@@ -126,8 +149,8 @@ def measure_errors(
     """Every contender on the same recorded layers, in turns with exact chunk by chunk.
 
     With ``repeat`` every call runs that often in as many rounds, and its least time counts. Each begins
-    without what an earlier one left behind for the same rows (random keys, block summaries): a server draws
-    and sums up once, and its time has to show it.
+    without what an earlier one left behind for the same rows (random keys, block summaries, kept states): a
+    server draws and sums up once, and its time has to show it.
     """
     exact, tallies = _tally(contender(EXACT, {})), [_tally(each) for each in contenders]
     for record in records:
@@ -141,7 +164,7 @@ def _measure_layer(
 ) -> None:
     everyone = [exact, *tallies]
     for each in everyone:
-        each.summaries = [BlockSummaries(record.q.shape[2]) for _ in range(repeat)]
+        each.kept = [_Kept(BlockSummaries(record.q.shape[2])) for _ in range(repeat)]
         each.difference = 0.0
     projection, size = record.w_o.t().float(), 0.0
     for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
@@ -168,15 +191,18 @@ def _in_turns(
 
 
 def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int, turn: int) -> _Timed:
-    """One chunk as the cache serves it: its rows over the keys so far, block summaries of earlier chunks
-    kept."""
+    """One chunk as the cache serves it: its rows over the keys so far, what earlier chunks left kept. A
+    bidirectional model has no cache."""
+    causal, held = record.plan.causal, tally.kept[turn]
     call = Call(
-        causal=record.plan.causal,
+        causal=causal,
         scale=record.scale,
         seed=seed,
         layer=record.plan.ordinal,
         start=rows.start,
-        summaries=tally.summaries[turn],
+        summaries=held.summaries if causal else None,
+        kept=held.states if causal else None,
+        learned=record.learned.get(tally.contender.backend),
     )
     q, k, v = record.q[:, :, rows], record.k[:, :, : rows.stop], record.v[:, :, : rows.stop]
     DRAWS.clear()

@@ -82,7 +82,7 @@ def read_text(model: ServedModel, token_ids: Sequence[int], choice: Choice, chun
         result = step.results[0]
         assert result.scores is not None
         scores.append(result.scores)
-        work.add(result.work)
+        work.then(result.work)
     total_s = perf_counter() - began
     sequence.close()
     return Reading(torch.cat(scores), work, total_s)

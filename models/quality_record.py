@@ -1,11 +1,12 @@
-"""The queries, keys and values of attention layers, recorded while a decoder reads a text.
+"""The queries, keys and values of attention layers, recorded while a model reads a text.
 
-They are what the network itself computes along the trajectory of exact attention, chunk by chunk as served.
+They are what the network itself computes along the trajectory of exact attention, read as served: by a
+decoder chunk by chunk, by an encoder at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,16 @@ from models.network import Network
 from models.rotary import sequence_lengths
 from models.seam import NAME, LayerPlan, Member, Step
 
-PROJECTIONS = ("o_proj", "out_proj", "dense")
+PROJECTIONS = ("o_proj", "out_proj", "dense", "Wo")
+OUTPUT = "output"
+"""The part beside an attention module that BERT and its kin keep its projection in."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
     """One layer's attention over the whole text: q [1, H, T, D], k [1, Hk, T, D], v [1, Hk, T, Dv], its
-    output projection ``w_o`` [E, H Dv], and its place among the layers."""
+    output projection ``w_o`` [E, H Dv], its place among the layers, and what the model carries there for
+    backends that need parameters of their own."""
 
     index: int
     plan: LayerPlan
@@ -34,11 +38,14 @@ class LayerRecord:
     k: Tensor
     v: Tensor
     w_o: Tensor
+    learned: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
 class _Seen:
     queries: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     scale: float = 0.0
     w_o: Tensor | None = None
 
@@ -47,9 +54,10 @@ class _Recorder:
     """The forward keyword ``longreach`` of one chunk: hands every call on to a serving step and keeps what
     the wanted layers asked for."""
 
-    def __init__(self, step: Step, seen: dict[int, _Seen]) -> None:
+    def __init__(self, step: Step, seen: dict[int, _Seen], body: nn.Module) -> None:
         self._step = step
         self._seen = seen
+        self._body = body
         self._next = 0
 
     def attend(
@@ -65,24 +73,31 @@ class _Recorder:
         seen = self._seen.get(self._next)
         self._next += 1
         if seen is not None:
-            seen.queries.append(q)
+            for held, tensor in ((seen.queries, q), (seen.keys, k), (seen.values, v)):
+                held.append(tensor)
             seen.scale = scale
-            seen.w_o = output_projection(module, q.shape[1] * v.shape[-1])
+            seen.w_o = output_projection(self._body, module, q.shape[1] * v.shape[-1])
         return self._step.attend(module, q, k, v, mask, scale, extra)
 
 
-def output_projection(module: nn.Module, width: int) -> Tensor:
-    """W_O [E, H Dv] of an attention module. ModelError where none of its parts takes ``width`` = H Dv
-    inputs."""
-    for name in PROJECTIONS:
-        linear = getattr(module, name, None)
-        if isinstance(linear, nn.Linear) and linear.in_features == width:
-            return linear.weight.detach()
+def output_projection(body: nn.Module, module: nn.Module, width: int) -> Tensor:
+    """W_O [E, H Dv] of an attention module of ``body``: a part of it, or of the ``output`` beside it.
+    ModelError where no such part takes ``width`` = H Dv inputs."""
+    for place in (module, *_beside(body, module)):
+        for name in PROJECTIONS:
+            linear = getattr(place, name, None)
+            if isinstance(linear, nn.Linear) and linear.in_features == width:
+                return linear.weight.detach()
     told = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
     raise ModelError(
         f"{type(module).__name__} has no output projection of {width} inputs named "
         f"{' or '.join(PROJECTIONS)}; it has {told or 'no parts'}"
     )
+
+
+def _beside(body: nn.Module, module: nn.Module) -> list[nn.Module]:
+    parents = [parent for parent in body.modules() if any(child is module for child in parent.children())]
+    return [part for parent in parents if (part := getattr(parent, OUTPUT, None)) is not None]
 
 
 def chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
@@ -96,19 +111,25 @@ def chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
 def record_layers(
     network: Network, token_ids: Sequence[int], layers: Sequence[int], chunk_tokens: int
 ) -> list[LayerRecord]:
-    """Read ``token_ids`` with exact attention and record ``layers``. ModelError for an encoder, or where a
-    layer's output projection cannot be found."""
-    if not network.plan.causal:
-        raise ModelError("quality is measured on decoders; this model reads in both directions")
-    cache = Cache(network.plan.shapes, len(token_ids), network.body.dtype, network.device)
+    """Read ``token_ids`` with exact attention and record ``layers``. ModelError where an encoder is to read
+    in chunks, or where a layer's output projection cannot be found."""
+    if chunk_tokens and not network.plan.causal:
+        raise ModelError("a model that reads in both directions reads a text at once: give 0 chunk tokens")
+    cache = _cache(network, len(token_ids))
     seen = {layer: _Seen() for layer in layers}
     for rows in chunks(len(token_ids), chunk_tokens):
         _read(network, token_ids, rows, cache, seen)
-    return [_record(network, cache, layer, seen[layer], len(token_ids)) for layer in layers]
+    return [_record(network, layer, seen[layer]) for layer in layers]
+
+
+def _cache(network: Network, tokens: int) -> Cache | None:
+    if not network.plan.causal:
+        return None
+    return Cache(network.plan.shapes, tokens, network.body.dtype, network.device)
 
 
 def _read(
-    network: Network, token_ids: Sequence[int], rows: slice, cache: Cache, seen: dict[int, _Seen]
+    network: Network, token_ids: Sequence[int], rows: slice, cache: Cache | None, seen: dict[int, _Seen]
 ) -> None:
     choice = Choice("exact", parse_params("exact"))
     member = Member(slice(0, rows.stop - rows.start), rows.start, choice, cache)
@@ -119,14 +140,15 @@ def _read(
         network.body(
             input_ids=ids[None],
             position_ids=positions[None] + network.plan.position_offset,
-            **{NAME: _Recorder(step, seen)},
+            **{NAME: _Recorder(step, seen, network.body)},
             **network.arguments,
         )
     step.finish()
 
 
-def _record(network: Network, cache: Cache, layer: int, seen: _Seen, tokens: int) -> LayerRecord:
+def _record(network: Network, layer: int, seen: _Seen) -> LayerRecord:
     assert seen.w_o is not None, "a layer that was never called. This is a bug."
-    keys, values = cache.keys_values(layer, tokens)
-    queries = torch.cat(seen.queries, dim=2)
-    return LayerRecord(layer, network.plan.layers[layer], seen.scale, queries, keys, values, seen.w_o)
+    queries, keys, values = (torch.cat(parts, dim=2) for parts in (seen.queries, seen.keys, seen.values))
+    plan = network.plan.layers[layer]
+    learned = {backend: layers[plan.ordinal] for backend, layers in network.learned.items()}
+    return LayerRecord(layer, plan, seen.scale, queries, keys, values, seen.w_o, learned)

@@ -12,22 +12,25 @@ from typing import Any, TypeVar
 from models.quality_contenders import key_of
 from models.quality_error import ErrorRow
 from models.quality_perplexity import PerplexityRow
+from models.quality_retrieval import RetrievalRow
 
 MACHINE = ("processor", "threads", "torch")
 """What of the context times depend on."""
 
-Row = TypeVar("Row", ErrorRow, PerplexityRow)
+Row = TypeVar("Row", ErrorRow, PerplexityRow, RetrievalRow)
 
 
 @dataclass
 class Results:
     """``settings`` decide what the figures mean and must agree on resuming; ``context`` says when and
-    where, with the load of the machine at the start of the first run and of each that went on with it."""
+    where, with the load of the machine at the start of the first run and of each that went on with it, and
+    the commands of those that had others. Decoders have perplexities, encoders retrievals."""
 
     settings: dict[str, Any]
     context: dict[str, Any]
     errors: list[ErrorRow] = field(default_factory=list)
     perplexities: list[PerplexityRow] = field(default_factory=list)
+    retrievals: list[RetrievalRow] = field(default_factory=list)
 
     def has_error(self, tokens: int, key: str) -> bool:
         return _has(self.errors, tokens, key)
@@ -35,12 +38,19 @@ class Results:
     def has_perplexity(self, tokens: int, key: str) -> bool:
         return _has(self.perplexities, tokens, key)
 
+    def has_retrieval(self, tokens: int, key: str) -> bool:
+        return _has(self.retrievals, tokens, key)
+
     @property
     def lengths(self) -> list[int]:
-        return sorted({row.tokens for row in self.errors} | {row.tokens for row in self.perplexities})
+        return sorted({row.tokens for row in self.rows})
+
+    @property
+    def rows(self) -> list[ErrorRow | PerplexityRow | RetrievalRow]:
+        return [*self.errors, *self.perplexities, *self.retrievals]
 
 
-def _has(rows: list[ErrorRow] | list[PerplexityRow], tokens: int, key: str) -> bool:
+def _has(rows: list[Row], tokens: int, key: str) -> bool:
     return any(row.tokens == tokens and key_of(row.backend, row.full) == key for row in rows)
 
 
@@ -60,6 +70,7 @@ def load(file: Path) -> Results:
             context=dict(raw["context"]),
             errors=[ErrorRow(**row) for row in raw["errors"]],
             perplexities=[PerplexityRow(**row) for row in raw["perplexities"]],
+            retrievals=[RetrievalRow(**row) for row in raw.get("retrievals", [])],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} holds no results of models.quality: {error!r}") from None
@@ -91,6 +102,10 @@ def begin(results: Results, context: Mapping[str, Any], load: float) -> None:
             "compared: go on there, or give another --json"
         )
     results.context["loads_at_start"].append(round(load, 2))
+    command = context.get("command")
+    added = results.context.setdefault("added_by", [])
+    if command not in (results.context.get("command"), *added):
+        added.append(command)
 
 
 def _differences(held: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from kernels.registry import load as load_backend
 from models.contract import Choice, ModelInfo, Slice, SliceResult, StepResult, Tokenizer
 from models.errors import NonFiniteOutput
 from models.kv_cache import Cache
+from models.learned import missing
 from models.memory import estimate_bytes, watch_step
 from models.network import Network
 from models.rotary import sequence_lengths
@@ -70,10 +71,8 @@ class Model:
             reasons.append(f"backend {choice.backend!r} has no {kind} form and {self._info.name!r} is {kind}")
         if self._info.causal and not backend.capabilities.decode:
             reasons.append(f"backend {choice.backend!r} has no decode step, which {self._info.name!r} needs")
-        if backend.capabilities.learned:
-            reasons.append(
-                f"backend {choice.backend!r} needs parameters that {self._info.name!r} does not carry"
-            )
+        if backend.capabilities.learned and choice.backend not in self._network.learned:
+            reasons.append(missing(choice.backend, self._info.name))
         return reasons + self._size_problems(choice)
 
     def _size_problems(self, choice: Choice) -> list[str]:
@@ -166,7 +165,7 @@ def run(network: Network, slices: Sequence[Slice]) -> tuple[SliceResult, ...]:
     order = in_groups([s.choice for s in slices])
     packed = [slices[i] for i in order]
     members = _members(packed)
-    step = Step(network.plan.layers, members)
+    step = Step(network.plan.layers, members, network.learned)
     hidden = _forward(network, packed, members, step)
     step.finish()
     logits = _last_row_logits(network, order, packed, members, hidden)

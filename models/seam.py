@@ -9,7 +9,7 @@ reads from it whether a layer is causal and how wide its own window is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "longreach"
+
+Learned = Mapping[str, Sequence[object]]
+"""Backend -> its parameters in each layer to which a choice applies, in order."""
+NOTHING_LEARNED: Learned = {}
 
 
 @dataclass(frozen=True)
@@ -135,18 +139,23 @@ class _Group:
     rows: slice
     members: tuple[Member, ...]
 
+    @property
+    def choice(self) -> Choice:
+        """Any member's: they differ in their seeds alone."""
+        return self.members[0].choice
 
-def _group_key(member: Member) -> tuple[str, Params]:
-    return member.choice.backend, member.choice.params
+
+def _method(member: Member) -> tuple[str, str]:
+    return member.choice.method
 
 
 def in_groups(choices: Sequence[Choice]) -> list[int]:
     """An order of the sequences in which those that share backend and params are adjacent, otherwise as
     given."""
-    first: dict[tuple[str, Params], int] = {}
+    first: dict[tuple[str, str], int] = {}
     for choice in choices:
-        first.setdefault((choice.backend, choice.params), len(first))
-    return sorted(range(len(choices)), key=lambda i: first[choices[i].backend, choices[i].params])
+        first.setdefault(choice.method, len(first))
+    return sorted(range(len(choices)), key=lambda i: first[choices[i].method])
 
 
 @dataclass(frozen=True)
@@ -160,18 +169,23 @@ class _Layer:
     k: Tensor
     v: Tensor
     scale: float
+    learned: Learned
 
 
 class Step:
     """The attention of one packed forward, layer by layer in the order in which the network calls it.
 
     ``members`` lie on the packed axis in order, those that share backend and params adjacent (``in_groups``).
+    ``learned``: what the model carries for backends that need parameters of their own.
     """
 
-    def __init__(self, layers: Sequence[LayerPlan], members: Sequence[Member]) -> None:
+    def __init__(
+        self, layers: Sequence[LayerPlan], members: Sequence[Member], learned: Learned = NOTHING_LEARNED
+    ) -> None:
         self._layers = tuple(layers)
+        self._learned = learned
         self._next = 0
-        runs = [tuple(run) for _, run in groupby(members, key=_group_key)]
+        runs = [tuple(run) for _, run in groupby(members, key=_method)]
         self._groups = [_Group(slice(run[0].rows.start, run[-1].rows.stop), run) for run in runs]
         self._everyone = _Group(slice(0, members[-1].rows.stop), tuple(members))
 
@@ -188,15 +202,15 @@ class Step:
         """q [1, H, T, D], k [1, Hk, T, D], v [1, Hk, T, Dv] -> [1, T, H, Dv]."""
         if self._next >= len(self._layers):
             raise RuntimeError("the network called attention more often than at load. This is a bug.")
-        layer = _Layer(self._next, self._layers[self._next], q, k, v, scale)
+        layer = _Layer(self._next, self._layers[self._next], q, k, v, scale, self._learned)
         self._next += 1
         if layer.plan.window is not None:
             return _run(layer, self._everyone, "window", window_params(layer.plan.window))
         if len(self._groups) == 1:
-            return _run(layer, self._groups[0], *_group_key(self._groups[0].members[0]))
+            return _run_chosen(layer, self._groups[0])
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[-1])
         for group in self._groups:
-            out[:, group.rows] = _run(layer, group, *_group_key(group.members[0]))
+            out[:, group.rows] = _run_chosen(layer, group)
         return out
 
     def finish(self) -> None:
@@ -208,7 +222,14 @@ class Step:
             )
 
 
-def _run(layer: _Layer, group: _Group, backend: str, params: Params) -> Tensor:
+def _run_chosen(layer: _Layer, group: _Group) -> Tensor:
+    backend = group.choice.backend
+    of_layers = layer.learned.get(backend)
+    learned = None if of_layers is None else of_layers[layer.plan.ordinal]
+    return _run(layer, group, backend, group.choice.params, learned)
+
+
+def _run(layer: _Layer, group: _Group, backend: str, params: Params, learned: object | None = None) -> Tensor:
     """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
     result = attend_packed(
         layer.q[:, :, group.rows],
@@ -218,6 +239,7 @@ def _run(layer: _Layer, group: _Group, backend: str, params: Params) -> Tensor:
         causal=layer.plan.causal,
         scale=layer.scale,
         layer=layer.plan.ordinal,
+        learned=learned,
     )
     for member, stats in zip(group.members, result.stats, strict=True):
         _count(member.work, stats, layer.plan, member.stop - member.start)
@@ -229,29 +251,41 @@ def _segment(layer: _Layer, member: Member, begin: int) -> Segment:
     it."""
     rows = slice(member.rows.start - begin, member.rows.stop - begin)
     keys, values = layer.k[:, :, member.rows], layer.v[:, :, member.rows]
-    summaries = None
+    summaries = kept = None
     if member.cache is not None:
         member.cache.write(layer.index, member.start, keys[0], values[0])
         keys, values = member.cache.keys_values(layer.index, member.stop)
         summaries = member.cache.summaries(layer.index)
-    return Segment(rows, keys, values, member.start, member.choice.seed, summaries)
+        kept = member.cache.kept(layer.index, _owner(layer.plan, member.choice))
+    return Segment(rows, keys, values, member.start, member.choice.seed, summaries, kept)
+
+
+def _owner(layer: LayerPlan, choice: Choice) -> tuple[object, int]:
+    """Whose states lie beside a layer's keys."""
+    return (choice.method, choice.seed) if layer.window is None else (layer.window, 0)
 
 
 def _count(work: Work, stats: Stats, layer: LayerPlan, num_rows: int) -> None:
     work.flops += layer.flops_per_pair * stats.pairs_computed + 2 * layer.shape.key_dim * stats.pairs_scored
+    work.flops += stats.other_flops
     if layer.window is not None:  # what the network itself declares local costs the same under every choice
         work.flops_exact += layer.flops_per_pair * stats.pairs_computed
         return
-    # A choice that keeps every pair is exact, and what it computes beyond them is exact's own cost.
-    keeps_all = stats.pairs_kept == stats.pairs_exact
-    work.flops_exact += layer.flops_per_pair * (stats.pairs_computed if keeps_all else stats.pairs_exact)
+    # A choice that keeps every pair and does nothing else is exact: what it computes beyond them is exact's
+    # own cost. One that hashes or sums features as well has masked pairs of its own.
+    as_exact = stats.pairs_kept == stats.pairs_exact and not stats.other_flops
+    work.flops_exact += layer.flops_per_pair * (stats.pairs_computed if as_exact else stats.pairs_exact)
     work.pairs_kept += stats.pairs_kept
     work.pairs_exact += stats.pairs_exact
     work.pairs_computed += stats.pairs_computed
     work.pairs_dense += stats.pairs_dense
-    if stats.dropped_mass is not None:  # the kernels report the mean over the call's rows
+    if stats.dropped_mass is None:
+        work.unmeasured_rows += num_rows
+    else:  # a mean over the call's rows, or over some that stand for the others
         work.dropped_mass += stats.dropped_mass * num_rows
         work.dropped_rows += num_rows
+    if stats.kept_per_head is not None:
+        work.count_heads(layer.ordinal, stats.kept_per_head, stats.pairs_exact // layer.num_heads)
     work.selection_ms += stats.selection_ms
     work.attention_ms += stats.selection_ms + stats.compute_ms
     work.impl = stats.impl

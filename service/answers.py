@@ -31,6 +31,9 @@ class AttentionUsed(BaseModel):
         description="layers to which the choice applies; the others have their own"
     )
     density: float = Field(description="pairs kept / pairs that exact computes")
+    density_per_head: list[list[float] | None] | None = Field(
+        description="density of each head of each of the applied layers; null where heads do not choose apart"
+    )
     density_computed: float = Field(
         description="score elements computed / pairs that exact computes, without what was scored to choose"
     )
@@ -207,6 +210,7 @@ def _used(chosen: Chosen, work: Work, layers: list[int]) -> AttentionUsed:
         params=chosen.choice.params.model_dump(mode="json"),
         applied_layers=layers,
         density=_ratio(work.pairs_kept, work.pairs_exact),
+        density_per_head=_density_per_head(work, len(layers)),
         density_computed=_ratio(work.pairs_computed, work.pairs_exact),
         dense_share=work.pairs_dense / work.pairs_computed if work.pairs_computed else 0.0,
         dropped_mass=work.dropped_mass / work.dropped_rows if work.dropped_rows else None,
@@ -214,6 +218,18 @@ def _used(chosen: Chosen, work: Work, layers: list[int]) -> AttentionUsed:
         impl=work.impl,
         fallback_reason=chosen.fallback_reason,
     )
+
+
+def _density_per_head(work: Work, num_layers: int) -> list[list[float] | None] | None:
+    """[layer][head]."""
+    if not work.kept_per_head:
+        return None
+    return [_densities(work, layer) for layer in range(num_layers)]
+
+
+def _densities(work: Work, layer: int) -> list[float] | None:
+    kept = work.kept_per_head.get(layer)
+    return None if kept is None else [_ratio(pairs, work.exact_per_head[layer]) for pairs in kept]
 
 
 def _sum(parts: Items[Work]) -> Work:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kernels.api import InvalidParams, describe, parse_params
-from kernels.conditions import Conditions, conditions, directions
+from kernels.conditions import Conditions, conditions, directions, why_no_mask
 from kernels.contract import Params, Unsupported
 from kernels.registry import BACKENDS, UnknownBackend, load
 from service.settings import ConfigError
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace, print_table: PrintTable) -> None:
             _tell_conditions(chosen, options, print_table)
         if options.draw:
             _draw(chosen, options)
+        _tell_left_out(chosen, options)
     except UnknownBackend as error:
         raise ConfigError(f"--backend: {error}") from None
     except InvalidParams as error:
@@ -72,9 +74,11 @@ def run(options: argparse.Namespace, print_table: PrintTable) -> None:
 
 
 def _chosen(backend: str | None, params: str | None) -> dict[str, Params | None]:
-    """The backends asked for and their params, None where none were given."""
+    """The backends asked for and their params, None where none were given: all that have a mask, where none
+    was asked for by name."""
     if params is None:
-        return dict.fromkeys(BACKENDS if backend is None else [load(backend).name])
+        masked = [name for name in BACKENDS if why_no_mask(name) is None]
+        return dict.fromkeys(masked if backend is None else [load(backend).name])
     if backend is None:
         raise ConfigError("--params needs --backend NAME: they are the params of one backend")
     try:
@@ -87,6 +91,13 @@ def _chosen(backend: str | None, params: str | None) -> dict[str, Params | None]
     if not directions(backend, parsed):
         raise Unsupported(backend, [*load(backend).unsupported(parsed, True)])
     return {backend: parsed}
+
+
+def _tell_left_out(chosen: dict[str, Params | None], options: argparse.Namespace) -> None:
+    """On stderr: stdout is for what was asked for."""
+    if options.backend is None:
+        for name in (name for name in BACKENDS if name not in chosen):
+            print(f"{name} is left out: {why_no_mask(name)}", file=sys.stderr)
 
 
 def _tell_conditions(

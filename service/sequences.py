@@ -112,7 +112,7 @@ class EncodeSequence(Sequence):
         return "hidden" if ends or self._pooling != "last" else "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
-        self.prefill_work.add(result.work)
+        self.prefill_work.then(result.work)
         if result.hidden is not None:
             self._take(_finite(result.hidden, "hidden states"))
         self.finished = read >= len(self.token_ids)
@@ -161,7 +161,7 @@ class ScoreSequence(Sequence):
         return "scores"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
-        self.prefill_work.add(result.work)
+        self.prefill_work.then(result.work)
         if result.scores is not None:
             self.scores.extend(_finite(result.scores, "scores").tolist())
         self.finished = read >= self.prompt_tokens
@@ -218,7 +218,7 @@ class GenerateSequence(Sequence):
         return "logits" if start + tokens >= len(self.token_ids) else "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
-        (self.decode_work if self.tokens else self.prefill_work).add(result.work)
+        (self.decode_work if self.tokens else self.prefill_work).then(result.work)
         if result.logits is None:
             return None
         sampled = self._sampler.sample(_finite(result.logits, "logits"))

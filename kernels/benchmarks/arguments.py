@@ -13,6 +13,7 @@ from typing import Any
 from kernels.api import backend_names, parse_params
 from kernels.benchmarks.cases import Shape, cpu_impls
 from kernels.benchmarks.decode import LENGTHS as DECODE_LENGTHS
+from kernels.benchmarks.edges import LENGTH as EDGES_LENGTH
 from kernels.benchmarks.inputs import Inputs
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -40,6 +41,8 @@ class Options:
     decode: bool
     prefill: bool
     decode_lengths: tuple[int, ...]
+    edges: bool
+    edges_length: int
     json: Path | None
     plot: Path | None
 
@@ -63,6 +66,8 @@ def options(argv: Sequence[str], described: str) -> Options:
         decode=given.decode,
         prefill=not given.no_prefill,
         decode_lengths=tuple(sorted(set(given.decode_lengths))),
+        edges=given.edges,
+        edges_length=given.edges_length,
         json=given.json,
         plot=given.plot,
     )
@@ -104,15 +109,17 @@ def _parser(described: str) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="1024 and 4096 tokens, one shape, impl torch, no FlexAttention")
     add("--decode", action="store_true", help="decode as well: one query over --decode-lengths keys")
     add("--decode-lengths", type=_length, nargs="+", default=DECODE_LENGTHS, metavar="M")
-    add("--no-prefill", action="store_true", help="nothing but decode")
+    add("--edges", action="store_true", help="learned backends' time against edges as well, at one length")
+    add("--edges-length", type=_length, default=EDGES_LENGTH, metavar="N", help=f"default {EDGES_LENGTH}")
+    add("--no-prefill", action="store_true", help="nothing but decode and edges")
     add("--json", type=_writable, metavar="FILE", help="everything, rewritten after every group")
     add("--plot", type=_writable, metavar="FILE.png", help="time against N (needs matplotlib)")
     return parser
 
 
 def _check(parser: argparse.ArgumentParser, found: Options) -> None:
-    if not (found.prefill or found.decode):
-        parser.error("--no-prefill leaves nothing to run: add --decode")
+    if not (found.prefill or found.decode or found.edges):
+        parser.error("--no-prefill leaves nothing to run: add --decode or --edges")
     if found.plot and not found.prefill:
         parser.error("--plot draws prefill times: leave --no-prefill out")
     if found.plot and find_spec("matplotlib") is None:

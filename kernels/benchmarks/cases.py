@@ -10,6 +10,7 @@ from typing import Any
 
 from kernels.api import backend_names, parse_params
 from kernels.contract import Call, Params
+from kernels.math.sbm import random_clusters
 from kernels.registry import load
 
 REFERENCE_MAX_LENGTH = 1024
@@ -17,6 +18,13 @@ REFERENCE_MAX_LENGTH = 1024
 
 _MAX_LENGTH = {"topk": 8192}
 """Backends that compute every logit to choose: never fast, so not worth minutes at the longest lengths."""
+
+NUM_CLUSTERS = 32
+DENSITY = 0.02
+"""Of the random clusters that a learned backend is given: mean probability of an edge between normal rows."""
+
+_ROW_BY_ROW = ("scatterbrain", "sbm")
+"""Backends whose reference visits rows one after another in Python."""
 
 Shape = tuple[int, int, int]
 
@@ -33,6 +41,8 @@ class Case:
     N: int
     causal: bool
     impl: str = "torch"
+    density: float | None = None
+    """Of a learned backend's random clusters; None: ``DENSITY``."""
 
     @property
     def scale(self) -> float:
@@ -53,7 +63,14 @@ class Case:
     @property
     def call(self) -> Call:
         """The whole prefill."""
-        return Call(causal=self.causal, scale=self.scale, seed=0, layer=0, start=0)
+        return Call(causal=self.causal, scale=self.scale, seed=0, layer=0, start=0, learned=self.learned)
+
+    @property
+    def learned(self) -> object | None:
+        """What a model would carry for a learned backend: random clusters, the same for the same case."""
+        if not load(self.backend).capabilities.learned:
+            return None
+        return random_clusters(self.H, self.D, NUM_CLUSTERS, seed=0, density=self.density or DENSITY)
 
     def __str__(self) -> str:
         direction = "causal" if self.causal else "bidirectional"
@@ -90,14 +107,21 @@ def why_not(case: Case) -> str | None:
     reasons = backend.unsupported(case.parsed, case.causal)
     if reasons:
         return "; ".join(reasons)
-    if case.impl == "reference" and backend.capabilities.selection == "tile":
+    if case.impl == "reference" and chooses_by_tile(case):
         return (
             "its reference chooses in Python loops, as slow as they are obvious: it checks and is not timed"
         )
+    if case.impl == "reference" and case.backend in _ROW_BY_ROW:
+        return "its reference goes row by row in Python: it checks and is not timed"
     if case.impl == "reference" and case.N > REFERENCE_MAX_LENGTH:
         return f"impl reference builds dense masks: up to N = {REFERENCE_MAX_LENGTH}"
     longest = _MAX_LENGTH.get(case.backend, case.N)
     return f"it computes every logit: up to N = {longest}" if longest < case.N else None
+
+
+def chooses_by_tile(case: Case) -> bool:
+    """Whether rows choose together, tile by tile, with these params."""
+    return load(case.backend).capabilities.selection == "tile" and case.parsed.chunk_multiple() > 1
 
 
 def cpu_impls() -> list[str]:

@@ -1,9 +1,10 @@
 """Decode: one query at the last of M positions, as a model's step over its cache asks for it.
 
-Calls go through ``attend_packed``; block summaries are handed in and already know the cache's whole blocks,
-as they do from step to step. Every call repeats the same step at the same position, so plans kept per
-position, and draws kept per seed, are warm: a model's next step stands one position further and makes its
-plan anew, which these times leave out. Times are medians of turns with torch's dense SDPA over all M keys.
+Calls go through ``attend_packed``; block summaries and other states kept beside a cache are handed in and
+already know its keys, as they do from step to step. Every call repeats the same step at the same position,
+so plans kept per position, and draws kept per seed, are warm: a model's next step stands one position
+further and makes its plan anew, which these times leave out. Times are medians of turns with torch's dense
+SDPA over all M keys.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kernels.benchmarks.dense import sdpa
 from kernels.benchmarks.inputs import Inputs, Tensors, make_inputs
 from kernels.benchmarks.measure import Budget, Contender, take_turns
 from kernels.contract import PackedResult, Segment, Stats
+from kernels.math.kept import KeptStates
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load
 
@@ -71,10 +73,16 @@ def run_decode(cases: Sequence[Case], inputs: Inputs, budget: Budget) -> Iterato
 
 def _step(case: Case, x: Tensors, last: Any) -> Any:
     summaries = BlockSummaries() if load(case.backend).select is not None else None
-    segment = Segment(slice(0, 1), x.k, x.v, start=case.N - 1, summaries=summaries)
-    params = case.parsed
+    segment = Segment(slice(0, 1), x.k, x.v, start=case.N - 1, summaries=summaries, kept=KeptStates())
+    params, learned = case.parsed, case.learned
     return lambda: attend_packed(
-        last, [segment], backend=case.backend, params=params, causal=True, scale=case.scale
+        last,
+        [segment],
+        backend=case.backend,
+        params=params,
+        causal=True,
+        scale=case.scale,
+        learned=learned,
     )
 
 

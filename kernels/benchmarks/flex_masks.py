@@ -44,6 +44,8 @@ def why_no_mask(case: Case) -> str:
         return "every key block holds a kept pair"
     if case.backend in ("random", "bigbird") and params.block_size == 1:
         return "single random keys: every key block holds a kept pair"
+    if load(case.backend).capabilities.approximates:
+        return "it estimates what it does not keep, which no mask can"
     if case.backend in _FIXED or load(case.backend).select is not None:
         return ""
     return "its mask is not made of key blocks"

@@ -71,7 +71,7 @@ def baseline_budget(effort: Effort, length: int) -> Budget:
 
 
 def _begin(case: Case, x: Tensors, exact: ExactRows, effort: Effort) -> Measured:
-    ours = Contender(_calls(case, x))
+    ours = Contender(calls(case, x))
     first: AttentionResult = ours.begin(_budget(case, effort))
     wrong, to_exact = own_error(case, x, first.out), exact.relative_error(first.out)
     flex = _flex(case, x, first.out, effort)
@@ -89,14 +89,15 @@ def _peak_bytes(measured: Measured) -> int | None:
     return ours.first_peak_bytes if measured.case.impl == "reference" else ours.peak_bytes()
 
 
-def _calls(case: Case, x: Tensors) -> Callable[[], AttentionResult]:
+def calls(case: Case, x: Tensors) -> Callable[[], AttentionResult]:
     """Calls with seed 0 first, which errors and FlexAttention's mask belong to. Where the seed matters every
     round has its own: draws are kept per seed, and a request brings a new one."""
     seeds = count() if load(case.backend).capabilities.random else repeat(0)
-    return lambda: _ours(case, x, next(seeds))
+    learned = case.learned
+    return lambda: _ours(case, x, next(seeds), learned)
 
 
-def _ours(case: Case, x: Tensors, seed: int) -> AttentionResult:
+def _ours(case: Case, x: Tensors, seed: int, learned: object | None) -> AttentionResult:
     impl: Any = case.impl
     return attend(
         x.q,
@@ -108,6 +109,7 @@ def _ours(case: Case, x: Tensors, seed: int) -> AttentionResult:
         scale=case.scale,
         seed=seed,
         impl=impl,
+        learned=learned,
     )
 
 

@@ -28,8 +28,10 @@ Points = Sequence[tuple[int, float]]
 @dataclass(frozen=True)
 class Growth:
     """Of one backend at one shape and direction. None: fewer than two lengths from 4,096 on, or no crossing;
-    ``crossover_note`` then says on which side. ``dense_extrapolated``: dense SDPA's exponent, or the
-    crossover, rests on a dense time that was extrapolated."""
+    ``crossover_note`` then says on which side. ``pairs_exponent`` is of the score elements computed (None: it
+    computes none), ``work_exponent`` of all floating-point operations counted, those of a choice included.
+    ``dense_extrapolated``: dense SDPA's exponent, or the crossover, rests on a dense time that was
+    extrapolated."""
 
     backend: str
     impl: str
@@ -38,6 +40,7 @@ class Growth:
     causal: bool
     time_exponent: float | None
     pairs_exponent: float | None
+    work_exponent: float | None
     documented_exponent: float
     fitted_lengths: tuple[int, ...]
     crossover_length: float | None
@@ -46,8 +49,11 @@ class Growth:
 
 
 def exponent(points: Points) -> float | None:
-    """Slope of log y on log x over the points from ``FIT_FROM`` on; None for fewer than two."""
+    """Slope of log y on log x over the points from ``FIT_FROM`` on; None for fewer than two, or where y is
+    0."""
     large = [(N, y) for N, y in points if N >= FIT_FROM]
+    if any(y <= 0 for _, y in large):
+        return None
     if len({N for N, _ in large}) < 2:
         return None
     x, y = np.log(np.array(large, dtype=float)).T
@@ -100,6 +106,7 @@ def _of_one(rows: Sequence[Row]) -> Growth:
         one.causal,
         exponent([(row.length, row.time_ms) for row in rows]),
         exponent([(row.length, float(row.pairs_computed)) for row in rows]),
+        exponent([(row.length, float(row.flops)) for row in rows]),
         load(one.backend).capabilities.exponent,
         tuple(row.length for row in rows if row.length >= FIT_FROM),
         length,
@@ -127,6 +134,7 @@ def _dense(rows: Sequence[Row]) -> Growth:
         causal=one.causal,
         time_exponent=exponent(list(times.items())),
         pairs_exponent=None,
+        work_exponent=None,
         documented_exponent=2.0,
         fitted_lengths=fitted,
         crossover_length=None,

@@ -74,7 +74,8 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _coloured(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    rounds, place = divmod(number, len(_COLOURS))
+    return {"color": _COLOURS[place], "marker": _MARKERS[(number + rounds) % len(_MARKERS)]}
 
 
 def _panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kernels.benchmarks.decode import DecodeRow
+from kernels.benchmarks.edges import EdgeRow, edge_growths
 from kernels.benchmarks.growth import growths
 from kernels.benchmarks.machine import Machine
 from kernels.benchmarks.rows import Row
@@ -33,6 +34,7 @@ class Record:
     inputs: str
     rows: list[Row] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
+    edges: list[EdgeRow] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     complete: bool = False
@@ -46,6 +48,8 @@ class Record:
             "rows": [asdict(row) for row in self.rows],
             "growth": [asdict(growth) for growth in growths(self.rows)],
             "decode": [asdict(row) for row in self.decode],
+            "edges": [asdict(row) for row in self.edges],
+            "edge_growth": [asdict(growth) for growth in edge_growths(self.edges)],
             "left_out": [asdict(case) for case in self.left_out],
             "failures": self.failures,
         }

@@ -21,7 +21,8 @@ class Row:
     ``selection_ms`` is the median of the timed calls, ``first_selection_ms`` the first call's (fixed patterns
     keep their plans; random ones draw anew in every call, and pairs are the first call's).
     ``dense_extrapolated``: timed on the last rows and extrapolated. ``dense_rounds``: calls behind
-    ``dense_ms``. ``gflops`` and ``dense_gflops`` count score elements computed. ``flex_difference``:
+    ``dense_ms``. ``gflops`` and ``dense_gflops`` count score elements computed, ours also ``other_flops``
+    (``kernels.contract.Stats``); ``flops`` also the logits scored to choose. ``flex_difference``:
     largest difference between FlexAttention's answer and ours; ``flex_note``: why there is no time.
     ``peak_bytes``: of one call beyond its inputs, its answer included. ``max_abs_error`` and
     ``error_to_exact``: see ``kernels.benchmarks.errors``.
@@ -49,6 +50,8 @@ class Row:
     flex_note: str
     flex_difference: float | None
     pairs_computed: int
+    other_flops: int
+    flops: int
     density: float
     density_computed: float
     dense_share: float
@@ -85,7 +88,7 @@ def row(measured: Measured, dense: Dense, sgemm_gflops: float, peak_bytes: int |
     case, ours, first, flex = measured.case, measured.contender, measured.first, measured.flex
     flex_ms = flex.contender.time_ms if flex.contender else None
     dense_pairs = case.H * computed_elements(case.N, case.N, case.causal)
-    gflops = 4 * case.D * first.pairs_computed / ours.time_ms / 1e6
+    gflops = (4 * case.D * first.pairs_computed + first.other_flops) / ours.time_ms / 1e6
     return Row(
         backend=case.backend,
         impl=case.impl,
@@ -109,6 +112,8 @@ def row(measured: Measured, dense: Dense, sgemm_gflops: float, peak_bytes: int |
         flex_note=flex.note,
         flex_difference=flex.difference,
         pairs_computed=first.pairs_computed,
+        other_flops=first.other_flops,
+        flops=2 * case.D * (2 * first.pairs_computed + first.pairs_scored) + first.other_flops,
         density=first.density,
         density_computed=first.density_computed,
         dense_share=first.dense_share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.benchmarks.decode import DecodeRow
+from kernels.benchmarks.edges import EdgeGrowth, EdgeRow
 from kernels.benchmarks.growth import DENSE, Growth
 from kernels.benchmarks.record import LeftOut
 from kernels.benchmarks.rows import NOT_ASKED_FOR, Row
@@ -35,7 +36,7 @@ _GROWTH_COLUMNS = (
     "causal",
     "fitted on",
     "time",
-    "pairs",
+    "work",
     "documented",
     "crossover N",
 )
@@ -49,6 +50,19 @@ _DECODE_COLUMNS = (
     "dense_us",
     "x dense",
     "read",
+)
+_EDGE_COLUMNS = (
+    "backend",
+    "params",
+    "shape",
+    "causal",
+    "N",
+    "density",
+    "edges",
+    "time_ms",
+    "selection_ms",
+    "dense_ms",
+    "x dense",
 )
 
 
@@ -93,7 +107,7 @@ def growth_table(growths: list[Growth]) -> str:
         [
             "Exponents of growth from N = 4,096 on, and where each passes dense SDPA by more than 5 % at the "
             "longest length",
-            "(~: with a dense time that was extrapolated)",
+            "(work: floating-point operations counted; ~: with a dense time that was extrapolated)",
             "",
             _growth_head(),
             *lines,
@@ -119,6 +133,36 @@ def decode_line(r: DecodeRow) -> str:
     )
 
 
+def edge_header() -> str:
+    return _head(_EDGE_COLUMNS, num_words=4)
+
+
+def edge_line(r: EdgeRow) -> str:
+    return _line(
+        r.backend,
+        r.params,
+        r.shape,
+        _yes(r.causal),
+        str(r.length),
+        f"{r.density:.4f}",
+        str(r.num_edges),
+        f"{r.time_ms:.1f}",
+        f"{r.selection_ms:.1f}",
+        f"{r.dense_ms:.0f}",
+        f"{r.ratio_to_dense:.2f}",
+    )
+
+
+def edge_growth_list(growths: list[EdgeGrowth]) -> str:
+    """One line per fit."""
+    lines = [
+        f"- {g.backend} ({g.params}) {g.shape} N = {g.length}, {'causal' if g.causal else 'bidirectional'}: "
+        f"{_exponent(g.exponent)}, beyond the time without edges {_exponent(g.exponent_beyond)}"
+        for g in growths
+    ]
+    return "\n".join(["Exponents of growth with the edges (1: linear):", "", *lines])
+
+
 def _growth_head() -> str:
     return _head(_GROWTH_COLUMNS, num_words=6)
 
@@ -135,7 +179,7 @@ def _growth_line(g: Growth) -> str:
         _yes(g.causal),
         _fitted(g.fitted_lengths),
         ("" if g.time_exponent is None or not of_dense else about) + _exponent(g.time_exponent),
-        _exponent(g.pairs_exponent),
+        _exponent(g.work_exponent),
         f"{g.documented_exponent:g}",
         crossing if of_dense else about + crossing,
     )

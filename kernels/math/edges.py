@@ -2,9 +2,10 @@
 
     s_it = scale * <q_i, k_(e_it)>,   out_i = sum_t e^(s_it - lse_i) v_(e_it),   lse_i = log sum_t e^(s_it)
 
-Rows have equally many edges; ``drop`` marks those that do not count (repeats, keys that another part has). On
-a CPU the scores are one sampled matrix product over a CSR pattern and the values one weighted embedding bag:
-neither copies a key. Elsewhere keys are gathered in tiles. O(R E) memory.
+Where rows have equally many edges, ``drop`` marks those that do not count (repeats, keys that another part
+has); where they have not, ``ends`` says where each row's begin and end, and a row may have none: it gives 0
+and lse -inf. On a CPU the scores are one sampled matrix product over a CSR pattern and the values one
+weighted embedding bag: neither copies a key. Elsewhere keys are gathered in tiles. O(R E) memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GATHER_ROWS = 256
+_GATHER_EDGES = 1 << 16
 
 
 def attend_edges(
@@ -42,6 +44,57 @@ def attend_row_edges(
     scores = torch.bmm(q * scale, keys.mT)
     weights, total, lse = _unnormalised(scores, None if drop is None else drop.unsqueeze(1))
     return torch.bmm(weights, values).div_(total.unsqueeze(-1)), lse
+
+
+def attend_ragged(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, edges: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q [R, D], k [M, D], v [M, Dv] of one dtype; edges int32 [n], each pair once; row i's are
+    edges[ends[i] : ends[i + 1]], ends int64 [R + 1] -> out [R, Dv], lse [R]."""
+    if q.device.type != "cpu":
+        head = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        return attend_ragged_rows(q, k[None], v[None], head, ends, edges, scale)
+    if len(edges) == 0:
+        return q.new_zeros(len(q), v.shape[1]), torch.full_like(q[:, 0], -math.inf)
+    begins = ends.int()
+    pattern = _csr(begins, edges, q.new_zeros(len(edges)), (len(q), len(k)))
+    scores = torch.sparse.sampled_addmm(pattern, q, k.mT, alpha=scale, beta=0.0).values()
+    weights, total, lse = _unnormalised_ragged(scores, ends)
+    out = F.embedding_bag(edges, v, begins, per_sample_weights=weights, mode="sum", include_last_offset=True)
+    return out.div_(total.unsqueeze(-1)), lse
+
+
+def attend_ragged_rows(
+    q: Tensor, k: Tensor, v: Tensor, head: Tensor, ends: Tensor, edges: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same with keys gathered, some edges at a time, each row s over a key head of its own: q [S, D],
+    k [Hk, M, D], v [Hk, M, Dv] of any float dtype, head [S] -> out [S, Dv], lse [S]."""
+    row = torch.repeat_interleave(torch.arange(len(q), device=q.device), ends.diff())
+    scores, at = q.new_zeros(len(edges)), head[row]
+    for a in range(0, len(edges), _GATHER_EDGES):
+        some = slice(a, a + _GATHER_EDGES)
+        keys = k[at[some], edges[some]].to(q.dtype)
+        scores[some] = (q[row[some]] * keys).sum(-1) * scale
+    weights, total, lse = _unnormalised_ragged(scores, ends)
+    out = q.new_zeros(len(q), v.shape[-1])
+    for a in range(0, len(edges), _GATHER_EDGES):
+        some = slice(a, a + _GATHER_EDGES)
+        values = v[at[some], edges[some]].to(q.dtype) * weights[some, None]
+        out += torch.segment_reduce(values, "sum", offsets=(ends - a).clamp(0, len(values)), axis=0)
+    return out.div_(total.unsqueeze(-1)), lse
+
+
+def _unnormalised_ragged(scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_unnormalised``, of scores [n]."""
+    if len(scores) == 0:
+        nothing = scores.new_full((len(ends) - 1,), -math.inf)
+        return scores, torch.ones_like(nothing), nothing
+    top = torch.segment_reduce(scores, "max", offsets=ends, initial=-math.inf)
+    top.masked_fill_(top == -math.inf, 0.0)
+    weights = scores.sub_(torch.repeat_interleave(top, ends.diff())).exp_()
+    total = torch.segment_reduce(weights, "sum", offsets=ends)
+    lse = top + torch.log(total)
+    return weights, total.masked_fill_(total == 0.0, 1.0), lse
 
 
 def _unnormalised(scores: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ norms that keys are centred first (``key_centre``), which a softmax does not see
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -22,6 +23,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.contract import Call, Params
+from kernels.math.cache import DRAWS
+from kernels.math.dense import accumulator_dtype
 from kernels.math.rng import bits, fold
 
 
@@ -56,35 +59,44 @@ class FeatureParams(Params):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """``weights`` [Hk, R, D] in the accumulator's dtype, shared by the query heads of a key head; F = R or
-    2 R."""
+    """``directions`` [Hk, F, D] in the accumulator's dtype, shared by the query heads of a key head;
+    hyperbolic: the second half are the first with the other sign. ``key`` tells two maps of one model's layer
+    apart, and how their keys were centred."""
 
-    weights: Tensor
-    hyperbolic: bool
+    directions: Tensor
     scale: float
+    key: Hashable = None
 
     @property
     def num_features(self) -> int:
-        return self.weights.shape[1] * (2 if self.hyperbolic else 1)
+        return self.directions.shape[1]
+
+    @property
+    def key_root(self) -> float:
+        """What <w_r, k> is multiplied by."""
+        return math.sqrt(abs(self.scale))
+
+    @property
+    def query_root(self) -> float:
+        """What <w_r, q> is multiplied by: the root with the scale's sign."""
+        return math.copysign(self.key_root, self.scale)
+
+    def half_norms(self, x: Tensor) -> Tensor:
+        """|t| |x|^2 / 2 of x [..., D] -> [...]."""
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        return norms.square_().mul_(abs(self.scale) / 2)
 
     def log_keys(self, k: Tensor) -> Tensor:
-        """e_r(k): k [B, Hk, M, D] in the weights' dtype -> [B, Hk, M, F]."""
-        root = math.sqrt(abs(self.scale))
-        return self._exponents(torch.matmul(k * root, self.weights.mT), k)
+        """e_r(k): k [B, Hk, M, D] in the map's dtype -> [B, Hk, M, F]."""
+        projected = torch.matmul(k, self.directions.mT).mul_(self.key_root)
+        return projected.sub_(self.half_norms(k).unsqueeze(-1))
 
     def log_queries(self, q: Tensor) -> Tensor:
         """a_r(q): q [B, Hk, G, N, D] -> [B, Hk, G, N, F]."""
-        root = math.copysign(math.sqrt(abs(self.scale)), self.scale)
-        logs = self._exponents(torch.matmul(q * root, self.weights[:, None].mT), q)
-        return logs.sub_(math.log(self.num_features))
-
-    def _exponents(self, projected: Tensor, x: Tensor) -> Tensor:
-        half_norm = (x.square().sum(-1, keepdim=True)).mul_(abs(self.scale) / 2)
-        if self.hyperbolic:
-            projected = torch.cat([projected, -projected], -1)
-        return projected.sub_(half_norm)
+        projected = torch.matmul(q, self.directions[:, None].mT).mul_(self.query_root)
+        return projected.sub_(self.half_norms(q).add_(math.log(self.num_features)).unsqueeze(-1))
 
 
 def feature_map(
@@ -95,14 +107,23 @@ def feature_map(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FeatureMap:
-    """The map of one layer, drawn from (seed, layer, key head)."""
-    hyperbolic = params.features == "hyperbolic"
-    rows = params.num_features // (2 if hyperbolic else 1)
-    drawn = [
-        _directions(fold(call.seed, call.layer, _STREAM, head), rows, head_dim, params.projection)
-        for head in range(num_key_heads)
-    ]
-    return FeatureMap(torch.stack(drawn).to(dtype=dtype, device=device), hyperbolic, call.scale)
+    """The map of one layer, drawn from (seed, layer, key head) and remembered from call to call."""
+    knobs = (params.num_features, params.features, params.projection)
+    drawn = (call.seed, call.layer, num_key_heads, head_dim, dtype, *knobs)
+    directions = DRAWS.get(
+        ("features", *drawn, device),
+        lambda: _draw(params, call, num_key_heads, head_dim).to(dtype=dtype, device=device),
+    )
+    return FeatureMap(directions, call.scale, (*drawn, params.centre_keys, float(call.scale)))
+
+
+def _draw(params: FeatureParams, call: Call, num_key_heads: int, head_dim: int) -> Tensor:
+    """[Hk, F, D] fp64."""
+    both_signs = params.features == "hyperbolic"
+    rows = params.num_features // (2 if both_signs else 1)
+    streams = (fold(call.seed, call.layer, _STREAM, head) for head in range(num_key_heads))
+    drawn = torch.stack([_directions(stream, rows, head_dim, params.projection) for stream in streams])
+    return torch.cat([drawn, -drawn], 1) if both_signs else drawn
 
 
 _STREAM = 2
@@ -132,8 +153,9 @@ def normals(stream: int, rows: int, columns: int) -> Tensor:
 
 
 def key_centre(k: Tensor, params: FeatureParams, call: Call) -> Tensor | None:
-    """The mean [B, Hk, 1, D] to take off every key, in k's dtype; None where keys stay as they are."""
+    """The mean [B, Hk, 1, D] to take off every key, in the accumulator's dtype; None where keys stay as they
+    are."""
     if params.centre_keys == 0:
         return None
     first = k[:, :, : params.centre_keys] if call.causal else k
-    return first.mean(2, keepdim=True)
+    return first.mean(2, keepdim=True, dtype=accumulator_dtype(k.dtype))

@@ -89,13 +89,22 @@ def _own_part(
     return OwnPart(acc.out[b].clone(), acc.lse[b].clone())
 
 
-def select_lists(q: Tensor, k: Tensor, v: Tensor, params: P, call: Call, score: Score[P]) -> BlockLists:
+@dataclass(frozen=True)
+class ScoredLists(BlockLists):
+    """Lists, and what it took to choose them (``Stats.pairs_scored``)."""
+
+    scored: int = 0
+
+
+def select_lists(q: Tensor, k: Tensor, v: Tensor, params: P, call: Call, score: Score[P]) -> ScoredLists:
     """The blocks that a call of one sequence would list, before any is skipped (``Backend.select``)."""
     if len(q) > 1:
         raise ValueError(f"block lists are of one sequence, the call has {len(q)}")
     tiles = query_tiles(call, q.shape[2], k.shape[2], params.query_tile, params.block_size)
     one = _sequence(accumulator(q, k, v, call), 0, tiles)
-    return _choice(one, params, params.keep(call.layer, k.shape[1]), score, False)[0]
+    lists, scores = _choice(one, params, params.keep(call.layer, k.shape[1]), score, False)
+    scored = 0 if scores is None else scores.scored
+    return ScoredLists(lists.block, lists.borders, lists.indptr, lists.indices, scored)
 
 
 def _sequence(acc: Accumulator, b: int, tiles: QueryTiles) -> OneSequence:

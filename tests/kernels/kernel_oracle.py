@@ -200,11 +200,15 @@ def kept_pairs(
 def softmax_attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """out [B, H, N, Dv] and lse [B, H, N] in fp64, for a mask [B or 1, H, N, M]."""
+    """out [B, H, N, Dv] and lse [B, H, N] in fp64, for a mask [B or 1, H, N, M]; 0 and -inf for a row without
+    any key."""
     group = q.shape[1] // k.shape[1]
     keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
     scores = np.where(mask, q.astype(np.float64) @ keys.swapaxes(-1, -2) * scale, -np.inf)
     top = scores.max(-1, keepdims=True)
+    top = np.where(top == -np.inf, 0.0, top)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    return weights @ values / total, (top + np.log(total))[..., 0]
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(total)
+    return weights @ values / np.where(total == 0.0, 1.0, total), lse[..., 0]

@@ -13,10 +13,16 @@ import torch
 from kernels import Unsupported, api, attend, attend_packed, backend_names, describe, registry
 from kernels.contract import Backend, Capabilities, Params, Segment, Workspace
 from kernels.registry import UnknownBackend, load
-from tests.kernels.kernel_cases import CASES, make_inputs
+from tests.kernels.kernel_cases import CASES, LEARNED, make_inputs
 from tests.kernels.selection_oracle import SELECTING
 
 COMMON: dict[str, Any] = {"causal": True, "scale": 0.1}
+SELECTIONS = dict.fromkeys((*SELECTING, "scatterbrain"), "tile") | dict.fromkeys(
+    ("performer", "lsh", "kmeans", "sbm"), "row"
+)
+SELECTIONS["nystrom"] = "prompt"
+RANDOM = ("random", "bigbird", "performer", "scatterbrain", "lsh", "kmeans", "sbm")
+APPROXIMATING = ("performer", "nystrom", "scatterbrain")
 
 
 def call(**changes: Any) -> Any:
@@ -31,9 +37,11 @@ def test_a_description_is_plain_and_its_schema_accepts_its_defaults(name: str) -
     jsonschema.Draft202012Validator.check_schema(told["params_schema"])
     jsonschema.validate(told["defaults"], told["params_schema"])
     assert told["capabilities"]["impls"] == ["reference", "torch"]
-    assert told["capabilities"]["selection"] == ("tile" if name in SELECTING else "none")
+    assert told["capabilities"]["selection"] == SELECTIONS.get(name, "none")
     assert (load(name).select is not None) == (name in SELECTING and name != "vertical_slash")
-    assert told["capabilities"]["random"] == (name in ("random", "bigbird"))
+    assert told["capabilities"]["random"] == (name in RANDOM)
+    assert told["capabilities"]["learned"] == (name == "sbm")
+    assert told["capabilities"]["approximates"] == (name in APPROXIMATING)
     assert told["capabilities"]["exact"] == (name == "exact")
 
 
@@ -176,6 +184,58 @@ def test_unsupported_tells_every_reason(monkeypatch: pytest.MonkeyPatch) -> None
         "it has no impl 'torch', only ",
         "its params are odd",
     )
+
+
+NEEDS_LEARNED = "it needs parameters that a model must carry for it, and none were given"
+LEARNING = [name for name in backend_names() if load(name).capabilities.learned]
+
+
+def test_a_backend_whose_parameters_a_model_must_carry_gets_them_or_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    exact = load("exact").impls["torch"]
+
+    def watched(q: Any, k: Any, v: Any, params: Any, call: Any) -> Any:
+        seen.append(call.learned)
+        return exact(q, k, v, params, call)
+
+    toy = Backend(
+        name="toy",
+        summary="",
+        paper="",
+        params=Params,
+        capabilities=Capabilities(
+            causal=True, bidirectional=True, decode=True, exact=False, selection="row", learned=True
+        ),
+        impls={"torch": watched},
+        workspace=lambda params, shape: Workspace(0),
+    )
+    monkeypatch.setattr(api, "load", lambda name: toy)
+    with pytest.raises(Unsupported) as caught:
+        call(backend="toy")
+    assert caught.value.reasons == (NEEDS_LEARNED,)
+    q, k, v = make_inputs(1, (4, 2), 8, 8, 16)
+    packed = [Segment(slice(0, 5), k, v, 0), Segment(slice(5, 8), k, v, 2)]
+    with pytest.raises(Unsupported, match=NEEDS_LEARNED):
+        attend_packed(q, packed, backend="toy", **COMMON)
+    own = object()
+    call(backend="toy", learned=own)
+    attend_packed(q, packed, backend="toy", learned=own, **COMMON)
+    assert seen == [own] * 3
+
+
+@pytest.mark.parametrize("backend", LEARNING)
+def test_learned_parameters_that_are_missing_or_of_another_kind_or_size_are_refused(backend: str) -> None:
+    with pytest.raises(Unsupported, match=NEEDS_LEARNED):
+        call(backend=backend)
+    for wrong in ({}, 3, torch.zeros(4, 3, 16), "clusters", load(backend).params()):
+        for impl in ("torch", "reference"):
+            with pytest.raises((TypeError, ValueError), match="learned must be"):
+                call(backend=backend, learned=wrong, impl=impl)
+    for heads, width in ((3, 16), (4, 12)):
+        with pytest.raises(ValueError, match=r"heads|head_dim"):
+            call(backend=backend, learned=LEARNED[backend](heads, width))
 
 
 def test_packed_rows_must_belong_to_one_segment_each() -> None:

@@ -11,20 +11,22 @@ import torch
 
 import kernels.bench
 from kernels.api import attend
-from kernels.benchmarks import arguments, errors, flex_masks, group, measure
+from kernels.benchmarks import arguments, edges, errors, flex_masks, group, measure
 from kernels.benchmarks.arguments import options
 from kernels.benchmarks.cases import Case, groups, why_not
 from kernels.benchmarks.decode import DecodeRow, run_decode
 from kernels.benchmarks.dense import dense, sdpa
+from kernels.benchmarks.edges import EdgeRow, edge_cases, edge_growths, run_edges
 from kernels.benchmarks.errors import exact_rows, own_error
 from kernels.benchmarks.flex_masks import Blocks, fixed_mask, listed_mask, why_no_mask
 from kernels.benchmarks.growth import DENSE, Growth, crossover, exponent, growths
 from kernels.benchmarks.inputs import Inputs, make_inputs
 from kernels.benchmarks.machine import machine
 from kernels.benchmarks.measure import Budget, Contender, sgemm_gflops, take_turns
+from kernels.benchmarks.plot import _styles
 from kernels.benchmarks.record import LeftOut
 from kernels.benchmarks.rows import Row
-from kernels.benchmarks.tables import growth_table, line
+from kernels.benchmarks.tables import edge_growth_list, growth_table, line
 from kernels.math.block_lists import BlockLists, lists_from_table
 from kernels.math.dense import computed_elements
 from kernels.math.query_tiles import query_tiles
@@ -65,6 +67,8 @@ def row(length: int, **changed: Any) -> Row:
         flex_note="not asked for",
         flex_difference=None,
         pairs_computed=100 * length,
+        other_flops=0,
+        flops=6400 * length,
         density=0.1,
         density_computed=0.2,
         dense_share=0.0,
@@ -130,6 +134,13 @@ def test_the_growth_table_tells_the_lengths_of_each_fit_and_marks_what_was_extra
 def test_a_row_whose_baseline_is_one_call_is_marked() -> None:
     assert "| 512 (1 call) |" in line(row(1024, dense_ms=512.0, dense_rounds=1))
     assert "| ~512 |" in line(row(1024, dense_ms=512.0, dense_rounds=2, dense_extrapolated=True))
+
+
+def test_a_backend_that_computes_no_pairs_has_an_exponent_of_its_work() -> None:
+    rows = [row(N, pairs_computed=0, flops=3 * N**2) for N in (4096, 8192, 16384)]
+    _, found = growths(rows)
+    assert found.pairs_exponent is None and found.work_exponent == pytest.approx(2.0)
+    assert "| 1.00 | 2.00 | 1 |" in growth_table(growths(rows)).splitlines()[-1]
 
 
 def test_a_later_dip_below_dense_moves_the_crossover_behind_it() -> None:
@@ -278,6 +289,108 @@ def test_a_right_answer_has_no_error_and_a_wrong_row_has_one(case: Case, causal:
     out[:, :, -1] += 1.0
     wrong = own_error(case, x, out)
     assert wrong.max_abs is not None and wrong.max_abs > 0.5
+
+
+NEW = ("performer", "nystrom", "lsh", "kmeans", "scatterbrain", "sbm")
+
+
+@pytest.mark.parametrize("backend", NEW)
+@pytest.mark.parametrize("causal", [True, False])
+def test_backends_that_estimate_draw_or_learn_have_every_figure_of_a_row(backend: str, causal: bool) -> None:
+    case = Case(backend, {}, 4, 2, 16, 300, causal)
+    if backend == "nystrom" and causal:
+        assert why_not(case) == "it has no causal form"
+        return
+    effort = group.Effort(0.001, 2, frozenset([((4, 2, 16), 300)]), "structured")
+    done = group.run_group([case], effort, 100.0)
+    assert done.failures == []
+    (found,) = done.rows
+    approximates = load(backend).capabilities.approximates
+    assert found.max_abs_error is not None and found.max_abs_error < 1e-4 and found.error_rows >= 32
+    assert 0 <= found.error_to_exact < 2 and found.gflops > 0 and found.flops > 0
+    assert (found.other_flops > 0) or not approximates
+    assert found.flex_ms is None and ("estimates" in found.flex_note) == approximates
+
+
+@pytest.mark.parametrize("backend", NEW)
+def test_a_wrong_answer_of_theirs_is_found(backend: str) -> None:
+    case = Case(backend, {}, 4, 2, 16, 300, False)
+    x = make_inputs("random", (4, 2), 300, 16)
+    out = group._ours(case, x, 0, case.learned).out.clone()
+    out[:, :, -1] += 1.0
+    wrong = own_error(case, x, out)
+    assert wrong.max_abs is not None and wrong.max_abs > 0.5
+
+
+def test_a_choice_that_sorts_the_whole_call_is_checked_on_the_whole_call() -> None:
+    smyrf = Case("lsh", {"variant": "smyrf"}, 4, 2, 16, 300, False)
+    inside = Case(
+        "scatterbrain", {"support": "lsh", "support_params": {"variant": "smyrf"}}, 4, 2, 16, 300, False
+    )
+    for case in (smyrf, inside, Case("nystrom", {}, 4, 2, 16, 300, False)):
+        assert list(errors._samples(case)) == [slice(0, 300)]
+        assert list(errors._samples(replace(case, N=8192))) == []
+    assert list(errors._samples(Case("scatterbrain", {}, 4, 2, 16, 4096, False))) == []
+    x = make_inputs("random", (4, 2), 300, 16)
+    found = own_error(smyrf, x, group._ours(smyrf, x, 0, None).out)
+    assert found.max_abs is not None and found.max_abs < 1e-4
+
+
+def test_a_learned_backend_gets_clusters_of_its_density_and_others_get_none() -> None:
+    case = Case("sbm", {}, 4, 2, 16, 300, False)
+    assert CASE.learned is None
+    first, again, denser = (
+        case.learned,
+        case.learned,
+        replace(case, density=0.3).learned,
+    )
+    assert torch.equal(first.clusters, again.clusters)  # type: ignore[attr-defined]
+    assert not torch.equal(first.clusters, denser.clusters)  # type: ignore[attr-defined]
+    x = make_inputs("random", (4, 2), 300, 16)
+    sparse = group._ours(case, x, 0, first).stats.density
+    dense_one = group._ours(case, x, 0, denser).stats.density
+    assert 0.01 < sparse < 0.04 < 0.2 < dense_one < 0.35
+
+
+def edge_row(num_edges: int, time_ms: float, **changed: Any) -> EdgeRow:
+    one = EdgeRow("sbm", "default", "4x2x16", 1024, True, 0.1, num_edges, 3, time_ms, 0.0, 9.0, 9.0 / time_ms)
+    return replace(one, **changed)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_the_growth_with_edges_is_the_slope_and_a_fixed_time_is_taken_off(power: float) -> None:
+    plain = [edge_row(count, 0.1 * count**power) for count in (100, 200, 400, 1600)]
+    (found,) = edge_growths(plain)
+    assert found.exponent == pytest.approx(power)
+    (linear,) = edge_growths([edge_row(count, 50 + 0.1 * count) for count in (0, 100, 200, 400, 1600)])
+    assert linear.exponent is not None and linear.exponent < 0.6
+    assert linear.exponent_beyond == pytest.approx(1.0)
+
+
+def test_the_growth_with_edges_is_told_for_each_direction_and_length() -> None:
+    rows = [edge_row(n, float(n), causal=causal) for causal in (True, False) for n in (10, 20, 40)]
+    told = edge_growth_list(edge_growths([*rows, edge_row(10, 1.0, length=2048)]))
+    assert "N = 1024, causal: 1.00, beyond the time without edges 1.00" in told
+    assert "N = 1024, bidirectional: 1.00" in told and "N = 2048, causal: -, beyond" in told
+
+
+def test_time_against_edges_runs_learned_backends_at_growing_numbers_of_edges() -> None:
+    some = list(groups(["window", "sbm"], [{}], ["torch"], [(4, 2, 16)], [256]))
+    causal, both = (edge_cases(cases) for cases in some)
+    assert [case.density for case in causal] == list(edges.DENSITIES)
+    assert {case.backend for case in [*causal, *both]} == {"sbm"}
+    found = list(run_edges(both, group.Effort(0.001, 2, frozenset(), "random")))
+    counts = [row.num_edges for row in found]
+    assert counts == sorted(counts) and counts[0] < 10 and counts[-1] > 10 * counts[1] > 0
+    for row in found:
+        assert row.density == pytest.approx(row.num_edges / (4 * 256**2))
+        assert row.ratio_to_dense == pytest.approx(row.dense_ms / row.time_ms) and row.rounds >= 2
+
+
+def test_every_backend_has_a_line_of_its_own_in_the_plot() -> None:
+    names = [f"method {number}" for number in range(40)]
+    styles = _styles([row(1024, backend=name) for name in names])
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == len(names)
 
 
 def test_few_tiles_are_checked_where_the_reference_is_slow() -> None:
@@ -446,6 +559,8 @@ def test_what_is_too_dear_is_left_out_with_a_reason() -> None:
     assert "checks" in str(why_not(replace(PAGES, impl="reference")))
     assert why_not(Case("topk", {}, 4, 2, 16, 8192, True)) is None
     assert "8192" in str(why_not(Case("topk", {}, 4, 2, 16, 16384, True)))
+    for name in ("scatterbrain", "sbm"):
+        assert "row by row" in str(why_not(Case(name, {}, 4, 2, 16, 64, True, "reference")))
     assert "no impl" in str(why_not(replace(CASE, impl="triton")))
 
 
@@ -504,6 +619,16 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
     assert "needs matplotlib" in capsys.readouterr().err
 
 
+def test_edges_alone_are_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    argv = ["--shapes", "2x1x16", "--seconds", "0.001", "--no-prefill", "--edges", "--edges-length", "128"]
+    assert kernels.bench.main([*argv, "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert len(told["edges"]) == 2 * len(edges.DENSITIES) and len(told["edge_growth"]) == 2
+    assert told["rows"] == []
+    assert "Exponents of growth with the edges" in capsys.readouterr().out
+
+
 SMALL = ["--shapes", "2x1x16", "--backends", "window", "star", "--seconds", "0.001", "--no-flex"]
 
 
@@ -520,7 +645,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
 
 def test_the_json_file_has_the_machine_and_every_figure(small_run: dict[str, Any]) -> None:
     facts = {"date", "command", "cpu", "num_cpus", "threads", "torch", "python", "sgemm_gflops", "inputs"}
-    parts = {"complete", "rows", "growth", "decode", "left_out", "failures"}
+    parts = {"complete", "rows", "growth", "decode", "edges", "edge_growth", "left_out", "failures"}
     assert set(small_run) == facts | parts
     for part, kind in (("rows", Row), ("growth", Growth), ("decode", DecodeRow), ("left_out", LeftOut)):
         assert small_run[part], part

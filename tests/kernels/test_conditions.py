@@ -13,7 +13,7 @@ import torch
 
 from kernels import Unsupported, api, describe
 from kernels.api import InvalidParams, attend, backend_names
-from kernels.conditions import Conditions, conditions, directions, mask
+from kernels.conditions import Conditions, NoMask, conditions, directions, mask, why_no_mask
 from kernels.contract import Backend, Capabilities, Params, Workspace
 from kernels.drawing import demonstration_params
 from kernels.math.graph import Pattern, hamiltonian_path, has_self_loops, layers_to_cover
@@ -21,7 +21,8 @@ from kernels.registry import UnknownBackend, load
 from tests.kernels.kernel_cases import CASES, Case, both_directions, case_id
 from tests.kernels.kernel_oracle import kept_keys
 
-SELECTIONS = {name: load(name).capabilities.selection for name in backend_names()}
+MASKED = [name for name in backend_names() if why_no_mask(name) is None]
+SELECTIONS = {name: load(name).capabilities.selection for name in MASKED}
 FIXED_CASES = [case for case in CASES if SELECTIONS.get(case[0]) == "none"]
 
 
@@ -77,7 +78,7 @@ def test_a_mask_holds_the_keys_of_the_definition(
             assert set(kept[head, i].nonzero().flatten().tolist()) == expected
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", MASKED)
 @both_directions
 def test_a_mask_counts_the_pairs_that_attention_reports(name: str, causal: bool) -> None:
     params = api.parse_params(name)
@@ -108,7 +109,7 @@ def test_a_choice_by_data_is_the_one_of_the_reference(name: str) -> None:
 
 
 def test_a_remainder_does_not_fill_the_mask() -> None:
-    merging = [name for name in backend_names() if "remainder" in load(name).params.model_fields]
+    merging = [name for name in MASKED if "remainder" in load(name).params.model_fields]
     for name in merging:
         small = (
             {"query_tile": 128, "block_size": 32} if "query_tile" in load(name).params.model_fields else {}
@@ -221,7 +222,7 @@ def test_layers_that_take_turns_are_patterns_and_heads_that_differ_are_united() 
     assert heads.density == turns.density == (556 + 512) / 2 / 64**2 < union.density == union.nnz[0] / 64**2
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", MASKED)
 def test_density_is_the_share_that_attention_reports(name: str) -> None:
     if load(name).capabilities.selection != "none":
         assert conditions(name, num_tokens=300, causal=True).data_dependent
@@ -339,7 +340,7 @@ def test_graphs_that_turn_for_ever_are_infinite() -> None:
     assert layers_to_cover([chord], everything) == depth_by_force([chord]) is not None
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", MASKED)
 def test_no_causal_model_has_a_finite_s(name: str) -> None:
     params = load(name).params()
     if True not in directions(name, params).values():
@@ -375,7 +376,7 @@ def test_what_attend_refuses_is_refused() -> None:
         of("nope", 64)
 
 
-@pytest.mark.parametrize("name", backend_names())
+@pytest.mark.parametrize("name", MASKED)
 def test_a_description_holds_the_conditions_at_the_defaults(name: str) -> None:
     graph = describe(name)["graph"]
     assert json.loads(json.dumps(graph)) == graph and graph["num_tokens"] == api.GRAPH_TOKENS
@@ -387,6 +388,55 @@ def test_a_description_holds_the_conditions_at_the_defaults(name: str) -> None:
     graph.clear()
     assert describe(name)["graph"], "a caller's changes stay the caller's"
     assert "graph" not in describe(name, graph=False)
+
+
+def toy(**capabilities: Any) -> Backend:
+    """``exact`` under other capabilities."""
+    able = {"causal": True, "bidirectional": True, "decode": True, "exact": False, "selection": "row"}
+    return Backend(
+        name="toy",
+        summary="",
+        paper="",
+        params=Params,
+        capabilities=Capabilities(**able | capabilities),
+        impls=load("exact").impls,
+        workspace=lambda params, shape: Workspace(0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ("approximates", "it approximates the pairs that it does not keep"),
+        ("learned", "decided by parameters that a model must carry for it"),
+    ],
+)
+def test_a_backend_without_a_mask_says_why_and_its_description_has_no_graph(
+    capability: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = toy(**{capability: True})
+    for module in ("kernels.api", "kernels.conditions"):
+        monkeypatch.setattr(f"{module}.load", lambda name: method)
+    api._graph.cache_clear()
+    told = describe("toy")
+    api._graph.cache_clear()
+    assert told["graph"] is None and json.loads(json.dumps(told)) == told
+    assert told["capabilities"][capability] is True
+    for refused in (
+        lambda: mask("toy", None, 64, True, heads=1),
+        lambda: conditions("toy", num_tokens=64, causal=True),
+    ):
+        with pytest.raises(NoMask, match=f"attention backend 'toy' has no mask: .*{reason}"):
+            refused()
+
+
+def test_those_without_a_mask_are_those_that_approximate_or_must_be_learned() -> None:
+    able = {name: load(name).capabilities for name in backend_names()}
+    assert [name for name in able if name not in MASKED] == [
+        name for name, each in able.items() if each.approximates or each.learned
+    ]
+    for name in backend_names():
+        assert (describe(name)["graph"] is None) == (name not in MASKED)
 
 
 def test_a_direction_that_a_backend_has_not_is_null(monkeypatch: pytest.MonkeyPatch) -> None:

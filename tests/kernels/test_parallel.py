@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import attend, attend_packed, backend_names, parallel
-from kernels.contract import Segment
+from kernels import api, attend, attend_packed, backend_names, parallel
+from kernels.contract import Segment, Stats
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load
 from tests.kernels.kernel_cases import make_inputs, scale_of
 
-SPREAD = [name for name in backend_names() if load(name).capabilities.selection == "tile"]
+SPREAD = [name for name in backend_names() if api._spreads(load(name).capabilities)]
 
 
 @pytest.fixture
@@ -86,3 +86,12 @@ def test_a_spread_call_works_in_inference_mode_and_fills_the_summaries(two_threa
             segment = Segment(slice(0, 4096), k, v, 0, 0, kept)
             attend_packed(q, [segment], backend="pages", causal=True, scale=0.2)
     assert kept.nbytes > 0
+
+
+def test_what_stretches_count_is_added_up() -> None:
+    def stats(n: int, heads: tuple[int, ...] | None) -> Stats:
+        return Stats(n, 2 * n, 3 * n, 1.0, 3.0, "torch", 4 * n, 5 * n, None, 6 * n, heads)
+
+    whole = parallel._summed([stats(10, (3, 7)), stats(30, (20, 10))], 100.0, None)
+    assert whole == Stats(40, 80, 120, 25.0, 75.0, "torch", 160, 200, None, 240, (23, 17))
+    assert parallel._summed([stats(1, None), stats(2, None)], 1.0, None).kept_per_head is None

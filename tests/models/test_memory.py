@@ -112,6 +112,18 @@ def test_block_summaries_are_predicted_with_the_cache_they_stay_beside() -> None
     assert growth(pages) == growth(plain) + 2 * one_block
 
 
+@pytest.mark.parametrize("backend", ["lsh", "kmeans", "sbm"])
+def test_kept_states_are_predicted_with_the_cache_they_stay_beside(backend: str) -> None:
+    """Codes and sums of every key: they grow with each new token."""
+    decoder = serve(network(llama), 512)
+
+    def growth(wanted: Choice) -> int:
+        few, many = (decoder.estimate_bytes(320, new_tokens, wanted, 128) for new_tokens in (1, 65))
+        return many - few
+
+    assert growth(choice(backend)) >= growth(choice()) + 64 * 3 * 2 * 2  # 3 layers, 2 key heads, int16
+
+
 def test_a_models_own_windows_do_not_depend_on_the_choice() -> None:
     mistral = serve(network(FAMILIES["mistral, all layers local"]))
     assert mistral.estimate_bytes(60, 0, choice(), 60) == mistral.estimate_bytes(60, 0, choice("random"), 60)

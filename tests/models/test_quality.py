@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from kernels import backend_names
 from kernels.contract import Call, Params
 from kernels.math.cache import DRAWS
+from kernels.math.kept import KeptStates
 from kernels.registry import load as load_backend
-from models import quality, quality_contenders, quality_error
+from models import quality, quality_contenders, quality_error, quality_report
 from models.contract import Encoding, ModelError
 from models.quality_choice import best_within, error_in_time, pareto, remainder_gains
 from models.quality_contenders import (
@@ -27,15 +29,31 @@ from models.quality_contenders import (
     read_contenders,
     refuse_cut_tiles,
     refuse_unsupported,
+    setting,
+    unsuitable,
 )
 from models.quality_error import ErrorRow, measure_errors
+from models.quality_ladders import DECODER, ENCODER, Ladders
 from models.quality_perplexity import PerplexityRow, compare, read_text, standard_error
-from models.quality_plot import _scatter, pyplot, write_plots
+from models.quality_plot import _scatter, decoder_panels, pyplot, write_plots
 from models.quality_record import LayerRecord, output_projection, record_layers
 from models.quality_report import markdown
+from models.quality_run import layer_step
 from models.quality_store import Results, begin, load, open_results, save
+from models.quality_tables import shown_layers
 from models.runner import Model
-from tests.models.tiny import bert, choice, close, llama, network, random_ids, serve
+from tests.models.tiny import (
+    bert,
+    choice,
+    close,
+    llama,
+    modernbert,
+    network,
+    nomic,
+    random_ids,
+    roberta,
+    serve,
+)
 
 TOKENS = 120
 IDS = random_ids(TOKENS + 1)
@@ -122,16 +140,16 @@ def test_the_chunks_of_a_measurement_do_not_change_the_error(records: list[Layer
         assert row.density == wanted.density
 
 
-def test_calls_are_chunks_over_the_keys_so_far_with_summaries_of_their_own_layer(
+def test_calls_are_chunks_over_the_keys_so_far_with_summaries_and_states_of_their_own_layer(
     records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: dict[str, list[tuple[int, int, int, Any]]] = {"exact": [], "window": []}
+    calls: dict[str, list[tuple[int, int, int, Any, Any]]] = {"exact": [], "window": []}
 
     def watched(name: str) -> Any:
         backend = load_backend(name)
 
         def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
-            calls[name].append((call.layer, call.start, k.shape[2], call.summaries))
+            calls[name].append((call.layer, call.start, k.shape[2], call.summaries, call.kept))
             return backend.impls["torch"](q, k, v, params, call)
 
         return replace(backend, impls={**backend.impls, "torch": execute})
@@ -142,9 +160,11 @@ def test_calls_are_chunks_over_the_keys_so_far_with_summaries_of_their_own_layer
     wanted = [(layer, *chunk) for layer in (0, 2) for chunk in chunks for _ in range(2)]
     for found in calls.values():
         assert [call[:3] for call in found] == wanted
-    held = {name: [id(call[3]) for call in found] for name, found in calls.items()}
-    assert len({each for found in held.values() for each in found}) == 8  # layers, contenders, rounds
-    assert held["window"][:6] == held["window"][:2] * 3, "each round keeps its own from chunk to chunk"
+    for what in (3, 4):
+        held = {name: [id(call[what]) for call in found] for name, found in calls.items()}
+        assert len({each for found in held.values() for each in found}) == 8  # layers, contenders, rounds
+        assert held["window"][:6] == held["window"][:2] * 3, "each round keeps its own from chunk to chunk"
+    assert all(isinstance(call[4], KeptStates) for found in calls.values() for call in found)
 
 
 def test_a_repeated_call_finds_nothing_that_an_earlier_one_left(
@@ -175,19 +195,131 @@ def test_a_repeated_call_finds_nothing_that_an_earlier_one_left(
     assert len(set.union(*known.values())) > 1
 
 
-def test_an_encoder_is_refused() -> None:
-    with pytest.raises(ModelError, match="measured on decoders"):
-        record_layers(serve(network(bert))._network, IDS[:20], (0,), 0)
+def test_an_encoder_reads_at_once_or_not_at_all() -> None:
+    encoder = serve(network(bert))._network
+    with pytest.raises(ModelError, match="reads a text at once: give 0 chunk tokens"):
+        record_layers(encoder, IDS[:20], (0,), 8)
+    (record,) = record_layers(encoder, IDS[:20], (1,), 0)
+    assert record.index == 1 and not record.plan.causal
+    assert record.q.shape == record.k.shape == record.v.shape == (1, 6, 20, 8)
+
+
+@pytest.mark.parametrize("backend", ["sinks", "bigbird", "pages"])
+def test_whole_documents_are_measured_in_both_directions(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = serve(network(bert), max_tokens=256)
+    records = record_layers(encoder._network, IDS[:TOKENS], (0, 1), 0)
+    seen: list[Call] = []
+    real = load_backend(backend)
+
+    def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
+        seen.append(call)
+        return real.impls["torch"](q, k, v, params, call)
+
+    watched = replace(real, impls={**real.impls, "torch": execute})
+    monkeypatch.setattr(
+        quality_error, "load_backend", lambda name: watched if name == backend else load_backend(name)
+    )
+    (row,) = errors(records, contender(backend, {}), chunk_tokens=0)
+    assert [(call.causal, call.start, call.summaries, call.kept) for call in seen] == [
+        (False, 0, None, None)
+    ] * 2
+    assert row.layers == [0, 1] and row.tokens == TOKENS
+
+
+def altered(name: str, monkeypatch: pytest.MonkeyPatch, **capabilities: Any) -> None:
+    """``window`` with other capabilities, and whatever ``name`` stands for in its place."""
+    real = load_backend("window")
+
+    def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
+        result = real.impls["torch"](q, k, v, params, call)
+        measured = None if call.start else 0.25
+        lse = None if capabilities.get("approximates") else result.lse
+        stats = replace(result.stats, dropped_mass=measured)
+        return replace(result, lse=lse, stats=stats, dropped=None)
+
+    able = replace(real.capabilities, **capabilities)
+    watched = replace(real, capabilities=able, impls={**real.impls, "torch": execute})
+    monkeypatch.setattr(
+        quality_error, "load_backend", lambda each: watched if each == name else load_backend(each)
+    )
+
+
+def test_a_backend_that_approximates_has_no_dropped_mass_and_no_recall(
+    records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    altered("window", monkeypatch, approximates=True)
+    (row,) = errors(records, contender("window", {"window": 9}))
+    assert row.dropped_estimate is row.dropped_true is row.recall is None
+    assert row.error > 0.01
+
+
+def test_an_estimate_counts_the_calls_that_made_one(
+    records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    altered("window", monkeypatch)
+    (row,) = errors(records, contender("window", {"window": 9}))
+    assert row.dropped_estimate == pytest.approx(0.25)
+    assert row.dropped_true is not None and row.recall == 1 - row.dropped_true
+
+
+def test_a_tile_selecting_backend_runs_spread_over_threads_as_served(
+    records: list[LayerRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread: list[Any] = []
+
+    def run_spread(execute: Any, *call: Any) -> Any:
+        spread.append(execute)
+        return execute(*call)
+
+    monkeypatch.setattr(quality_error, "run_spread", run_spread)
+    errors(records, contender("window", {}), contender("pooled", {}), chunk_tokens=0)
+    assert set(spread) == {load_backend("pooled").impls["torch"]} and len(spread) == 2
+
+
+def test_what_a_model_carries_for_a_backend_reaches_it_layer_by_layer(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carrying = replace(model._network, learned={"window": ("first", "second", "third")})
+    found = record_layers(carrying, IDS[:40], (0, 2), 20)
+    assert [record.learned for record in found] == [{"window": "first"}, {"window": "third"}]
+    given: list[object] = []
+    real = load_backend("window")
+
+    def execute(q: Tensor, k: Tensor, v: Tensor, params: Params, call: Call) -> Any:
+        given.append(call.learned)
+        return real.impls["torch"](q, k, v, params, call)
+
+    watched = replace(real, impls={**real.impls, "torch": execute})
+    monkeypatch.setattr(
+        quality_error, "load_backend", lambda name: watched if name == "window" else load_backend(name)
+    )
+    errors(found, contender("window", {}), chunk_tokens=20)
+    assert given == ["first"] * 2 + ["third"] * 2
 
 
 def test_an_output_projection_that_is_missing_or_of_another_width_is_refused() -> None:
     module = nn.Module()
     module.o_proj = nn.Linear(48, 40)
-    assert output_projection(module, 48) is not None
+    assert torch.equal(output_projection(module, module, 48), module.o_proj.weight)
     with pytest.raises(ModelError, match="no output projection of 50 inputs.* o_proj .Linear"):
-        output_projection(module, 50)
+        output_projection(module, module, 50)
     with pytest.raises(ModelError, match="it has no parts"):
-        output_projection(nn.Module(), 48)
+        output_projection(nn.Module(), nn.Module(), 48)
+
+
+@pytest.mark.parametrize("make", [bert, roberta, nomic, modernbert, llama])
+def test_the_output_projection_is_what_the_network_multiplies_attention_with(make: Any) -> None:
+    made = network(make)
+    layer = 0 if make is not modernbert else 3
+    (record,) = record_layers(serve(made)._network, IDS[:20], (layer,), 0)
+    projections = [
+        child.weight
+        for name, child in made.named_modules()
+        if re.search(rf"layers?\.{layer}\.(attn|self_attn|attention)\.(o_proj|Wo|output\.dense)$", name)
+    ]
+    assert len(projections) == 1 and torch.equal(record.w_o, projections[0])
 
 
 def test_perplexity_is_that_of_the_networks_own_logits(model: Model) -> None:
@@ -352,6 +484,10 @@ def results() -> Results:
 def test_results_survive_their_file(tmp_path: Path) -> None:
     save(results(), tmp_path / "q.json")
     assert load(tmp_path / "q.json") == results()
+    former = json.loads((tmp_path / "q.json").read_text())
+    del former["retrievals"]
+    (tmp_path / "q.json").write_text(json.dumps(former))
+    assert load(tmp_path / "q.json") == results(), "files of decoders without that part are read as well"
     assert [file.name for file in tmp_path.iterdir()] == ["q.json"]
 
 
@@ -377,6 +513,11 @@ def test_times_of_another_machine_are_not_added(name: str, value: Any) -> None:
     assert kept == results()
     begin(kept, {**kept.context, "date": "2026-01-02"}, 1.234)
     assert kept.context["loads_at_start"] == [0.25, 1.23]
+    assert kept.context["added_by"] == []
+    for _ in range(2):
+        begin(kept, {**kept.context, "command": "python -m models.quality --seed 3"}, 0.0)
+    assert kept.context["added_by"] == ["python -m models.quality --seed 3"]
+    assert "`python -m models.quality`, then\n`python -m models.quality --seed 3`,\n" in markdown(kept)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', '{"settings": 3, "context": {}}'])
@@ -397,18 +538,34 @@ def test_the_report_has_every_table_and_says_where_it_is_from() -> None:
     assert "`python -m models.quality`,\n2026-01-01, a processor, 2 threads, torch 2.0.\n" in text
     assert "Load of the machine when measuring began: 0.25." in text
     assert "](quality-4k.png)" in text and "## 4,096 tokens" in text
-    assert "| 35 % | window | window=2 | 4 | 0.5000 | 0.5000 | – | 0.500 | 30 % |" in text
-    assert "| window | window=4 | 0.3000 | 0.3000 | +10.00 ± 0.50 % | 50 % | 2 % | 50 % | 83 % |" in text
+    assert "| 35 % | window | window=2 | 4 | 0.5000 | 0.5000 | – | 0.500 | 0.900 | 30 % |" in text
+    read = "+10.00 ± 0.50 % | 50 % | 83 % | 50 % | 2 % | 0.500 | 0.600 | – | 0.1000 | 0.900 |"
+    assert f"| window | window=4 | 0.3000 | 0.3000 | {read}" in text
+    assert "| backend | setting | 0 | 1 |" in text
+    assert "| sinks | default | 0.100 | 0.100 |" in text
     gain = "| 10 % | 0.8000 | 20 % | 0.3000 | -62 % | – | 30 % | 0.2000 | -75 % | – |"
     assert f"| pages | budget=1, remainder=none {gain}" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| exact")}
-    assert widths == {14}
+    assert widths == {15}
+
+
+def test_the_report_says_which_backends_such_a_model_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = {"nystrom": "has no causal form", "window": "is measured nevertheless"}
+    monkeypatch.setattr(quality_report, "unsuitable", lambda causal: left_out if causal else {})
+    assert "server reads it. Not measured: `nystrom` has no causal form.\n" in markdown(results())
+    monkeypatch.setattr(quality_report, "unsuitable", lambda causal: {})
+    assert "Not measured" not in markdown(results())
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, [0]), (12, list(range(12))), (30, list(range(0, 30, 3)))])
+def test_of_many_layers_some_are_shown(count: int, wanted: list[int]) -> None:
+    assert shown_layers(range(count)) == wanted
 
 
 def test_a_change_without_a_standard_error_is_shown_without_one() -> None:
     found = results()
     found.perplexities = [replace(found.perplexities[0], standard_error_percent=None)]
-    assert "| +10.00 % | 50 % |" in markdown(found)
+    assert "| +10.00 % | 50 % | 83 % |" in markdown(found)
 
 
 def test_each_remainder_is_drawn_in_its_own_way() -> None:
@@ -429,7 +586,7 @@ def test_each_remainder_is_drawn_in_its_own_way() -> None:
 
 def test_plots_are_written_per_length(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    files = write_plots(results(), tmp_path / "quality")
+    files = write_plots(results(), tmp_path / "quality", decoder_panels)
     assert [file.name for file in files] == ["quality-4k.png"]
     assert files[0].read_bytes().startswith(b"\x89PNG")
 
@@ -440,17 +597,51 @@ def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPa
         pyplot()
 
 
-def test_every_registered_backend_has_contenders_and_distinct_ones() -> None:
-    found = default_contenders()
-    assert {each.backend for each in found} == set(backend_names())
+@pytest.mark.parametrize(("ladders", "causal"), [(DECODER, True), (ENCODER, False)])
+def test_every_backend_that_such_a_model_runs_has_contenders_and_distinct_ones(
+    ladders: Ladders, causal: bool
+) -> None:
+    found = default_contenders(ladders, causal)
+    assert {each.backend for each in found} == set(backend_names()) - set(unsuitable(causal))
     assert len({each.key for each in found}) == len(found)
-    assert any(each.long for each in found)
+    assert any(each.chosen for each in found)
+    able = {name: load_backend(name) for name in backend_names()}
+    for each in found:
+        assert not able[each.backend].unsupported(each.choice(0).params, causal), each.label
 
 
-def test_a_backend_without_a_ladder_runs_at_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(quality_contenders.LADDERS, "star")
-    (only,) = default_contenders(["star"])
-    assert only.params == {} and only.full == {"window": 2} and only.long
+def test_backends_that_no_such_model_runs_are_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def changed(name: str) -> Any:
+        real = load_backend(name)
+        changes = {
+            "star": {"learned": True},
+            "fixed": {"causal": False},
+            "random": {"decode": False},
+            "sinks": {"bidirectional": False},
+        }
+        return replace(real, capabilities=replace(real.capabilities, **changes.get(name, {})))
+
+    monkeypatch.setattr(quality_contenders, "load_backend", changed)
+    decoders, encoders = unsuitable(causal=True), unsuitable(causal=False)
+    assert {"star", "fixed", "random"} <= set(decoders) and "sinks" not in decoders
+    assert {"star", "sinks"} <= set(encoders) and not {"fixed", "random"} & set(encoders)
+    assert "parameters of its own" in decoders["star"] and decoders["fixed"] == "has no causal form"
+    assert encoders["sinks"] == "has no bidirectional form"
+    assert "star" not in {each.backend for each in default_contenders(DECODER, True)}
+    assert {each.backend for each in default_contenders(DECODER, True, ["star"])} == {"star"}
+
+
+def test_a_backend_without_a_ladder_runs_at_its_defaults() -> None:
+    (only,) = default_contenders(Ladders({}, {}), True, ["star"])
+    assert only.params == {} and only.full == {"window": 2} and only.chosen and not only.brief
+
+
+def test_params_of_a_support_are_shown_behind_its_name() -> None:
+    params = {"support": "pooled", "num_features": 64, "support_params": {"budget": 512}}
+    assert setting(params) == "support=pooled, num_features=64, support_params.budget=512"
+    assert setting({}) == "default"
 
 
 def test_contenders_are_read_from_json_and_refused_with_reasons() -> None:
@@ -471,15 +662,16 @@ def test_contenders_are_read_from_json_and_refused_with_reasons() -> None:
 @pytest.mark.parametrize("backend", ["xattention", "pooled", "pages", "topk"])
 def test_selections_are_measured_with_every_remainder_at_equal_choice(backend: str) -> None:
     budgets: dict[str, set[int]] = {"none": set(), "mean": set(), "gated": set()}
-    for each in default_contenders([backend]):
+    for each in default_contenders(DECODER, True, [backend]):
         if each.full.get("budget") is not None:
             budgets[each.full["remainder"]].add(each.full["budget"])
     assert len(budgets["mean"]) >= 2 and budgets["mean"] == budgets["gated"] < budgets["none"]
 
 
-def test_the_settings_of_long_texts_are_settings_of_the_ladders() -> None:
-    for backend, settings in quality_contenders.LONG.items():
-        assert all(each in quality_contenders.LADDERS[backend] for each in settings)
+@pytest.mark.parametrize("ladders", [DECODER, ENCODER])
+def test_what_is_chosen_or_brief_is_a_setting_of_the_ladders(ladders: Ladders) -> None:
+    for backend, settings in [*ladders.chosen.items(), *ladders.brief.items()]:
+        assert all(each in ladders.settings[backend] for each in settings)
 
 
 def test_chunks_that_would_cut_query_tiles_are_refused_with_the_number_to_use() -> None:
@@ -569,14 +761,50 @@ def test_the_report_repeats_what_was_measured_and_not_where_it_was_put(
 ) -> None:
     quality.main(command(tmp_path, "--perplexity", "none"))
     text = (tmp_path / "q.md").read_text()
-    assert "python -m models.quality --tokens 100 --chunk-tokens 32 --perplexity none --contenders" in text
+    asked = """--contenders '{"window": [{"window": 9}]}' --tokens 100 --chunk-tokens 32 --perplexity none"""
+    assert f"python -m models.quality {asked}`" in text
     assert str(tmp_path) not in text
     assert not json.loads((tmp_path / "q.json").read_text())["perplexities"]
 
 
 def test_beyond_the_usual_length_the_default_run_measures_fewer_layers() -> None:
-    assert [quality.layer_step(None, n) for n in (4096, 4097)] == [1, 3]
-    assert quality.layer_step(2, 8192) == 2
+    assert [layer_step(None, n, 4096) for n in (4096, 4097)] == [1, 3]
+    assert layer_step(2, 8192, 4096) == 2
+
+
+def test_other_backends_are_added_to_a_file_that_is_there(tmp_path: Path, at_hand: list[str]) -> None:
+    quality.main(command(tmp_path))
+    first = load(tmp_path / "q.json")
+    more = ["--tokens", "100", "--chunk-tokens", "32", "--backends", "sinks", "--perplexity", "none"]
+    quality.main([*more, "--json", str(tmp_path / "q.json"), "--resume"])
+    second = load(tmp_path / "q.json")
+    assert second.errors[:1] == first.errors and second.perplexities == first.perplexities
+    assert [row.backend for row in second.errors] == ["window", *["sinks"] * 4]
+    added = "python -m models.quality --backends sinks --tokens 100 --chunk-tokens 32 --perplexity none"
+    assert second.context["added_by"] == [added]
+
+
+def test_brief_contenders_are_measured_at_the_usual_length_alone(
+    tmp_path: Path, at_hand: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "LONG_TOKENS", 80)
+    settings = ({"window": 4}, {"window": 8})
+    ladders = Ladders({"window": settings}, {"window": settings[1:]}, {"window": settings[:1]})
+    monkeypatch.setattr(quality, "DECODER", ladders)
+    options = ["--tokens", "80", "100", "--chunk-tokens", "32", "--backends", "window"]
+    quality.main([*options, "--json", str(tmp_path / "q.json")])
+    found = load(tmp_path / "q.json")
+    assert [(row.tokens, row.params["window"]) for row in found.errors] == [(80, 4), (80, 8), (100, 8)]
+    assert [(row.tokens, row.params["window"]) for row in found.perplexities] == [(80, 4), (80, 8), (100, 8)]
+
+
+def test_a_model_that_reads_in_both_directions_is_sent_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = serve(network(bert))
+    monkeypatch.setattr(quality, "load_model", lambda *_, **__: encoder)
+    with pytest.raises(SystemExit, match="python -m models.quality_encoder"):
+        quality.main(command(tmp_path))
 
 
 @pytest.mark.parametrize(

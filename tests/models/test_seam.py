@@ -11,11 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.api import backend_names
+from kernels.registry import load as load_backend
 from models.contract import Slice
 from models.seam import Step, in_groups
 from tests.models.tiny import (
     FAMILIES,
     alone,
+    carrying,
     choice,
     close,
     gemma3,
@@ -86,11 +88,13 @@ def test_sequences_with_different_attention_in_one_step_equal_each_alone(make: C
 
 
 def test_every_registered_backend_runs_in_prefill_and_decode_beside_exact() -> None:
-    model = serve(network(llama), max_tokens=256)
+    model = carrying(serve(network(llama).double(), max_tokens=256))
     ids = random_ids(70)
     for backend in backend_names():
         pick = choice(backend)
-        assert model.unsupported(pick) == []
+        assert (model.unsupported(pick) == []) == load_backend(backend).capabilities.causal
+        if model.unsupported(pick):
+            continue
         other, state = model.open(80), model.open(80)
         model.step([Slice(state, ids, pick, "nothing", 70), Slice(other, ids, choice(), "nothing", 70)])
         step = model.step([Slice(state, [7], pick, "logits", 70), Slice(other, [7], choice(), "logits", 70)])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from kernels.registry import load as load_backend
 from models.contract import Choice, ModelInfo, Slice
+from models.learned import FILES, read_learned
 from models.network import build_network
 from models.rotary import replace_rotary
 from models.runner import Model, OpenSequence
@@ -142,6 +146,36 @@ def serve(made: Any, max_tokens: int = 64) -> Model:
         num_parameters=0,
     )
     return Model(built, info, None)
+
+
+def cluster_tensors(
+    num_layers: int, num_heads: int = 6, head_dim: int = 8, *, affinity: bool = False
+) -> dict[str, Tensor]:
+    """Random parameters for ``sbm``, with one cluster more from layer to layer."""
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    found = {}
+    for n in range(num_layers):
+        C, D = 3 + n, head_dim
+        layer = {"clusters": random(num_heads, C, D), "w1": random(D, D), "b1": random(D)}
+        layer |= {"w2": random(D, D) / D, "b2": random(D)}
+        layer |= {"affinity": random(num_heads, C, C).abs() / 4} if affinity else {}
+        found |= {f"layers.{n}.{name}": tensor for name, tensor in layer.items()}
+    return found
+
+
+def carrying(model: Model, *, affinity: bool = False) -> Model:
+    """The same model with random parameters for the backends that need their own."""
+    network = model._network
+    plan = network.plan
+    tensors = cluster_tensors(len(plan.applied_layers), plan.layers[0].num_heads, affinity=affinity)
+    with TemporaryDirectory() as directory:
+        save_file(tensors, Path(directory) / FILES["sbm"])
+        learned = read_learned(Path(directory), plan, network.body.dtype, str(network.device))
+    return Model(replace(network, learned=learned), model.info, model._tokenizer)
 
 
 def choice(backend: str = "exact", seed: int = 0, **params: Any) -> Choice:

@@ -20,6 +20,7 @@ ATTENTION = {
     "density",
     "density_computed",
     "dense_share",
+    "density_per_head",
     "dropped_mass",
     "flops_ratio",
     "impl",

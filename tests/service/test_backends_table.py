@@ -13,10 +13,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from kernels.api import describe
-from kernels.conditions import conditions
+from kernels.conditions import conditions, why_no_mask
 from kernels.registry import BACKENDS
 from service import cli
 from service.routes import info
+
+MASKED = {name for name in BACKENDS if why_no_mask(name) is None}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
@@ -30,18 +32,37 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> t
 def test_the_table_of_conditions_has_a_line_per_backend_and_direction(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, _ = run(capsys, "--conditions", "--num-tokens", "130")
+    out, err = run(capsys, "--conditions", "--num-tokens", "130")
     head, *lines = out.partition("\n\n")[0].splitlines()
     columns = "BACKEND, DIRECTION, SELF LOOPS, HAMILTONIAN PATH, S, CAUSAL S, NNZ, DENSITY, PARAMS"
     assert re.split(r"\s{2,}", head) == columns.split(", ")
     names = [line.split()[0].rstrip("*") for line in lines]
-    assert set(names) == set(BACKENDS)
+    assert set(names) == MASKED
+    assert [line.partition(" is left out: ")[0] for line in err.splitlines()] == [
+        name for name in BACKENDS if name not in MASKED
+    ]
     star = next(line.split() for line in lines if line.startswith("star "))
     assert star[:6] == ["star", "bidirectional", "yes", "true", "2", "-"]
     assert star[6] == str(conditions("star", num_tokens=130, causal=False).nnz[0])
     causal = next(line.split() for line in lines if line.startswith("exact") and "causal" in line)
     assert causal[:8] == ["exact", "causal", "yes", "true", "infinite", "1", str(130 * 131 // 2), "1.0000"]
     assert "130 tokens." in out and "* one example" in out
+
+
+def test_what_has_no_mask_is_refused_by_name_and_left_out_of_the_rest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in sorted(BACKENDS.keys() - MASKED):
+        for option in (["--conditions"], ["--draw", str(tmp_path)]):
+            for more in ([], ["--params", "{}"]):
+                out, err = run(capsys, *option, "--backend", name, *more, code=2)
+                assert out == "" and err.startswith(
+                    f"longreach: error: attention backend {name!r} has no mask: "
+                )
+    assert list(tmp_path.iterdir()) == []
+    out, err = run(capsys, "--conditions", "--num-tokens", "16", "--json")
+    assert {each["backend"] for each in json.loads(out)} == MASKED
+    assert err.count(" is left out: ") == len(BACKENDS) - len(MASKED)
 
 
 def test_conditions_of_one_backend_and_its_params_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +84,8 @@ def test_pictures_are_written_per_direction_with_an_overview(
     out, err = run(capsys, "--draw", str(tmp_path / "new"), "--num-tokens", "64")
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert written == {Path(line).name for line in out.split()} and "overview.png" in written
-    assert {f"{name}-causal.png" for name in BACKENDS} <= written and err == ""
+    assert {f"{name}-causal.png" for name in MASKED} <= written
+    assert len(err.splitlines()) == len(BACKENDS) - len(MASKED)
     run(capsys, "--draw", str(tmp_path / "one"), "--backend", "star", "--params", '{"window": 3}')
     written = {path.name for path in (tmp_path / "one").iterdir()}
     assert written == {"star-bidirectional.png", "star-causal.png"}
