@@ -16,6 +16,7 @@ ARGS ?=
 EXTRAS ?=
 HOST ?= http://127.0.0.1:8000
 USERS ?= 8
+WORKERS ?= 2
 RUN_TIME ?= 60s
 STOP_TIMEOUT ?= 120
 RATE ?= 0
@@ -30,13 +31,14 @@ help: ## List the targets
 	@echo "  PYTHON=python3.12           the interpreter that .venv is made from (3.11 or later)"
 	@echo "  ARGS='--port 9000'          passed on by serve, test, bench and load"
 	@echo "  EXTRAS=gpu                  further extras of pyproject.toml to install, separated by commas"
+	@echo "  WORKERS=2                   processes that share the tests; 0: one, which a debugger needs"
 	@echo "  HOST USERS RUN_TIME RATE    load: server, concurrent users, duration, requests per second (0: closed loop)"
 
 serve: $(SERVE) ## Install what is needed, fetch the demo models, serve on 127.0.0.1:8000
 	$(BIN)/longreach serve $(ARGS)
 
 test: $(DEV) ## Install what is needed and run every test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(DEV) ## Lint, format, types, documents, Dockerfile
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ Letters as in ``kernels.contract``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -37,6 +37,8 @@ MAX_SEED = 2**63 - 1
 GRAPH_TOKENS = 1024
 MAX_ECHO = 200
 """Characters of what was given that a refusal repeats."""
+MAX_PROBLEMS = 5
+"""Problems that a refusal tells; how many more there are is counted."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +48,9 @@ class InvalidParams(ValueError):
     def __init__(self, backend: str, problems: Sequence[tuple[str, str]]) -> None:
         self.backend = backend
         self.problems = tuple(problems)
-        told = "; ".join(f"{field}: {text}" if field else text for field, text in self.problems)
+        told = "; ".join(f"{field}: {text}" if field else text for field, text in problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            told += f"; and {len(problems) - MAX_PROBLEMS} more"
         super().__init__(f"params of attention backend {backend!r} are invalid: {told}")
 
 
@@ -99,6 +103,13 @@ def parse_params(backend: str, params: Mapping[str, Any] | Params | None = None)
     Raises InvalidParams naming every field and its bound; UnknownBackend for a name that is not registered.
     """
     return _parse(load(backend), params)
+
+
+def too_many(fields: Collection[str], given: Mapping[Any, Any]) -> str | None:
+    """Why a mapping of params is refused unread: it holds so many that most cannot be known; else None."""
+    if len(given) <= len(fields) + MAX_PROBLEMS:
+        return None
+    return f"{len(given):,} parameters were given, but there are only {len(fields)}: {_known(fields)}"
 
 
 def attend(
@@ -189,6 +200,9 @@ def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Param
         )
     if params is not None and not isinstance(params, Mapping):
         raise InvalidParams(backend.name, [("", f"expected a mapping, got {type(params).__name__}")])
+    refusal = too_many(backend.params.model_fields, params or {})
+    if refusal is not None:
+        raise InvalidParams(backend.name, [("", refusal)])
     try:
         return backend.params.model_validate(dict(params or {}))
     except ValidationError as error:
@@ -198,10 +212,21 @@ def _parse(backend: Backend, params: Mapping[str, Any] | Params | None) -> Param
 def _problem(backend: Backend, error: Any) -> tuple[str, str]:
     field = _cut(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
-        known = ", ".join(backend.params.model_fields) or "none"
-        return field, f"no such parameter; there are: {known}"
-    got = "" if error["type"] == "missing" or not field else f" (got {_told(error['input'])})"
+        return field, no_such(backend.params.model_fields)
+    if error["type"] in ("value_error", "assertion_error"):  # a rule over several, which names them
+        return field, str(error["ctx"]["error"])
+    whole = not field or isinstance(error["input"], Mapping)
+    got = "" if error["type"] == "missing" or whole else f" (got {_told(error['input'])})"
     return field, error["msg"] + got
+
+
+def no_such(fields: Collection[str]) -> str:
+    """What is said of a name that is not among the params."""
+    return f"no such parameter; there are: {_known(fields)}"
+
+
+def _known(fields: Collection[str]) -> str:
+    return ", ".join(fields) or "none"
 
 
 def _told(value: Any) -> str:

@@ -16,12 +16,15 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Call, Execute, Params, Stats
 from kernels.math.summaries import BlockSummaries
+
+T = TypeVar("T")
 
 MIN_FLOPS = 1 << 28
 """Below this many operations of exact attention a call stays on its thread."""
@@ -46,7 +49,9 @@ def run_spread(
         own = replace(shared, start=shared.start + begin)
         return execute(q[:, :, begin:end], k[:, :, :keys], v[:, :, :keys], params, own)
 
-    parts = _side_by_side([partial(stretch, begin, end) for begin, end in pairwise(borders)])
+    jobs = [partial(stretch, begin, end) for begin, end in pairwise(borders)]
+    # the last stretch of a causal call is the longest: it begins first
+    parts = side_by_side(jobs[::-1], q.device)[::-1]
     return _joined(parts, (perf_counter() - began) * 1e3)
 
 
@@ -62,17 +67,21 @@ def _borders(q: Tensor, k: Tensor, call: Call, multiple: int) -> list[int]:
     return [0, *range(first, N, height), N]
 
 
-def _side_by_side(jobs: Sequence[Callable[[], AttentionResult]]) -> list[AttentionResult]:
-    """The results in order. Jobs begin with the last: of a causal call it is the longest."""
+def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """The jobs' results in order, on as many threads as torch would use, each computing alone. One after
+    another where that is one (so too on a thread of the pool, which must not wait for its like) and on other
+    devices."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < 2 or len(jobs) < 2:
+        return [job() for job in jobs]
     inference = torch.is_inference_mode_enabled()
 
-    def alone(job: Callable[[], AttentionResult]) -> AttentionResult:
+    def alone(job: Callable[[], T]) -> T:
         with torch.inference_mode(inference), torch.no_grad():
             return job()
 
-    pool = _pool(torch.get_num_threads())
-    pending = [pool.submit(alone, job) for job in reversed(jobs)]
-    return [future.result() for future in reversed(pending)]
+    pending = [_pool(threads).submit(alone, job) for job in jobs]
+    return [future.result() for future in pending]
 
 
 @cache

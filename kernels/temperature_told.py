@@ -122,10 +122,13 @@ def _where(run: Run) -> str:
 
 
 def comparison(points: Sequence[Point]) -> str:
-    """Scatterbrain's bands beside the earlier simulation's: the last sentence."""
+    """Scatterbrain's bands beside an independent simulation in numpy's: the last sentence."""
     bands = [(some[0], run) for some in series(points) for run in runs(some) if run.method == SCATTERBRAIN]
     low, high = EARLIER_BAND
-    earlier = f"the earlier simulation at spread {EARLIER_SPREAD:g} had it between {low:.2f} and {high:.2f}"
+    earlier = (
+        f"an independent simulation in numpy at spread {EARLIER_SPREAD:g} had it between "
+        f"{low:.2f} and {high:.2f}"
+    )
     if not bands:
         return f"Scatterbrain is nowhere the best of the three; {earlier}."
     told = ", ".join(

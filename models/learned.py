@@ -39,7 +39,7 @@ def missing(backend: str, model: str) -> str:
     if backend not in FILES:
         return told
     return (
-        f"{told}: they belong into {FILES[backend]} beside its weights, as {_told_names(0)} of the first "
+        f"{told}: they belong in {FILES[backend]} beside its weights, as {_told_names(0)} of the first "
         "layer to which a choice applies, and so on for every other"
     )
 

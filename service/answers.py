@@ -26,7 +26,7 @@ class AttentionUsed(BaseModel):
 
     requested: str
     used: str
-    params: dict[str, Any]
+    params: dict[str, Any] = Field(description="what ran, with every default filled in")
     applied_layers: list[int] = Field(
         description="layers to which the choice applies; the others have their own"
     )
@@ -42,7 +42,7 @@ class AttentionUsed(BaseModel):
     )
     dropped_mass: float | None = Field(
         description="mean over rows, heads and layers of the backend's own estimate of the softmax mass that "
-        "it left out; null where it has none"
+        "it left out or only approximated; null where it has none"
     )
     flops_ratio: float = Field(
         description="floating-point operations of the whole forward, scoring to choose included / those with "

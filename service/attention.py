@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kernels.api import MAX_PROBLEMS, too_many
 from kernels.contract import Backend, Params
 from kernels.registry import BACKENDS, UnknownBackend, load
 from models.contract import Choice, ServedModel
@@ -73,6 +74,8 @@ def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
     if not isinstance(raw, Mapping):
         raise invalid(f"{path} must be a backend's name or an object with 'backend'", path)
     _refuse_not_yet(raw, path)
+    if len(raw) > len(_FIELDS) + MAX_PROBLEMS:
+        raise _bad_params(path, f"has {len(raw):,} fields", f"allowed fields: {', '.join(_FIELDS)}", {})
     try:
         envelope = _Envelope.model_validate(dict(raw))
     except ValidationError as error:
@@ -97,13 +100,20 @@ def parse_pair(raw: object, *, seed: int = 0) -> SpecPair:
     return SpecPair(spec, spec, split=False)
 
 
-def choose(spec: Spec, model: ServedModel, *, decodes: bool = False) -> Chosen:
+def choose(spec: Spec, model: ServedModel, *, decodes: bool = False, scores: bool = False) -> Chosen:
     """The choice that ``model`` will run; 400 with every reason where it cannot and no fallback is
-    permitted. ``decodes`` where it will have to read single tokens after a prompt."""
+    permitted. ``decodes`` where it will have to read single tokens after a prompt, ``scores`` where the
+    likelihood of the prompt itself is asked for."""
     choice = Choice(spec.backend.name, spec.params, spec.seed)
     reasons = list(model.unsupported(choice))
-    if decodes and not spec.backend.capabilities.decode:
+    able = spec.backend.capabilities
+    if decodes and not able.decode and not reasons:
         reasons.append("it cannot decode: choose another for 'decode' beside 'prefill'")
+    if scores and able.selection == "prompt" and (able.causal or not reasons):
+        reasons.append(
+            "it selects keys by looking at the whole prompt, so scores of earlier tokens would depend on "
+            "later ones; score with a backend whose selection is none, row or tile"
+        )
     if not reasons:
         return Chosen(spec.backend.name, choice)
     why = "; ".join(reasons)
@@ -122,16 +132,9 @@ def exact_choice(seed: int = 0) -> Choice:
     return Choice("exact", load("exact").params(), seed)
 
 
-def refuse_prompt_selection(spec: Spec) -> None:
-    """A likelihood would leak: a row's keys must not depend on later rows."""
-    if spec.backend.capabilities.selection == "prompt":
-        raise ApiError(
-            "attention_not_supported",
-            f"attention backend {spec.backend.name!r} selects keys by looking at the whole prompt, so scores "
-            "of earlier tokens would depend on later ones; score with a backend whose selection is none, row "
-            "or tile",
-            param=spec.path,
-        )
+def selects_by_tile(choice: Choice) -> bool:
+    """Whether a row's keys may depend on later rows of its query tile."""
+    return load(choice.backend).capabilities.selection == "tile" and choice.params.chunk_multiple() > 1
 
 
 def _refuse_not_yet(raw: Mapping[str, Any], path: str) -> None:
@@ -159,11 +162,14 @@ def _backend(name: str, path: str) -> Backend:
 
 
 def _params(backend: Backend, raw: Mapping[str, Any], path: str) -> Params:
+    known = ", ".join(backend.params.model_fields) or "none"
+    if too_many(backend.params.model_fields, raw) is not None:
+        message = f"has {len(raw):,} fields"
+        raise _bad_params(f"{path}.params", message, f"params of {backend.name}: {known}", {})
     try:
         return backend.params.model_validate(dict(raw))
     except ValidationError as error:
         where, message, limits = first_problem(error)
-        known = ", ".join(backend.params.model_fields) or "none"
         at = f"{path}.params.{where}" if where else f"{path}.params"
         raise _bad_params(at, message, f"params of {backend.name}: {known}", limits) from None
 

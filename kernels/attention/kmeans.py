@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
 from kernels.math.bucket_attention import Bucketing, bucket_attention, bucket_reference
 from kernels.math.bucket_workspace import bucket_workspace
-from kernels.math.clusters import KMeansParams, kmeans_codes, kmeans_flops, kmeans_reach
+from kernels.math.clusters import KMeansParams, kmeans_codes, kmeans_reach
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: KMeansParams, call: Call) -> AttentionResult:
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: KMeansParams, call: Call) ->
 
 
 def _bucketing(params: KMeansParams) -> Bucketing:
-    return Bucketing(partial(kmeans_codes, params), kmeans_reach(params), partial(kmeans_flops, params))
+    return Bucketing(partial(kmeans_codes, params), kmeans_reach(params))
 
 
 def workspace(params: KMeansParams, shape: CallShape) -> Workspace:

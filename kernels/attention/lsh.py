@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.bucket_attention import Bucketing, bucket_attention, bucket_reference
 from kernels.math.bucket_workspace import bucket_workspace
-from kernels.math.hashing import LshParams, lsh_codes, lsh_flops, lsh_reach
+from kernels.math.hashing import LshParams, lsh_codes, lsh_reach, rotations_bytes
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: LshParams, call: Call) -> AttentionResult:
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: LshParams, call: Call) -> At
 
 
 def _bucketing(params: LshParams) -> Bucketing:
-    return Bucketing(partial(lsh_codes, params), lsh_reach(params), partial(lsh_flops, params))
+    return Bucketing(partial(lsh_codes, params), lsh_reach(params))
 
 
 def unsupported(params: Params, causal: bool) -> list[str]:
@@ -60,6 +60,7 @@ def workspace(params: LshParams, shape: CallShape) -> Workspace:
         rounds=params.num_hash_rounds,
         columns=params.num_hash_rounds * (params.num_buckets // 2),
         basis=1,
+        drawn=rotations_bytes(params, shape) if params.variant == "reformer" else 0,
     )
 
 

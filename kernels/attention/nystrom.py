@@ -6,10 +6,11 @@
 
 Xiong et al., "Nyströmformer: a Nyström-based algorithm for approximating self-attention" (arXiv 2102.03902),
 section 3. Where there are fewer rows or keys than landmarks, each is its own; with no more rows than
-landmarks and the exact A^+ the answer is exact attention. The paper adds a depthwise convolution of V with
-learned weights: it belongs to a model trained with it, is no function of q, k, v, and is left out. ``pinv``
-is the paper's iteration, whose limits stand in ``kernels.math.pinv``, or the pseudo-inverse by singular
-values; that one is computed in fp64 throughout, since an ill-conditioned A magnifies the rounding of F and B.
+landmarks and the exact A^+ the answer is exact attention, provided that A has full row rank. The paper adds a
+depthwise convolution of V with learned weights: it belongs to a model trained with it, is no function of q,
+k, v, and is left out. ``pinv`` is the paper's iteration, whose limits stand in ``kernels.math.pinv``, or the
+pseudo-inverse by singular values; that one is computed in fp64 throughout, since an ill-conditioned A
+magnifies the rounding of F and B.
 Cost O((N + M) m D + m^3) per head for m landmarks, O(m D + m^2) memory beside the answer. Accumulates in
 fp32, what is between landmarks in fp64; returns q's dtype.
 

@@ -36,7 +36,7 @@ from kernels.math.workspace import windows
 
 
 class PerformerParams(FeatureParams):
-    """The shared ones."""
+    """The random features that stand for all keys."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams, call: Call) -> AttentionResult:
@@ -180,6 +180,7 @@ BACKEND = Backend(
     conditions=(
         "The estimate of each kernel value is unbiased, with a relative variance that grows exponentially "
         "with scale |q + k|^2 and falls like 1 / num_features; their quotient is biased. Good for flat "
-        "attention, poor for peaked attention: see the error measured with the answer."
+        "attention, poor for peaked attention: a model trained with softmax, as the demo models are, needs "
+        "training with these features before they serve it."
     ),
 )

@@ -27,11 +27,12 @@ is better).
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, cast
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
@@ -73,24 +74,32 @@ class ScatterbrainParams(FeatureParams):
     )
     support_params: dict[str, Any] = Field(
         default_factory=dict,
-        description="That backend's own params (local: window 256 and sinks 4 unless given).",
+        description="That backend's own params (local: window 256 and sinks 4 unless given); its defaults "
+        "stand for what is left out.",
         validate_default=True,
     )
 
-    @field_validator("support_params", mode="after")
+    @field_validator("support_params", mode="before")
     @classmethod
-    def _fits_the_support(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        name = info.data.get("support")
-        if name is not None:  # else the support itself was refused
-            _check_support(name, given)
-        return given
+    def _fits_the_support(cls, given: Any, info: ValidationInfo) -> Any:
+        """The support's params with all its defaults, so that what means the same is equal."""
+        if not isinstance(given, Mapping):
+            return given
+        if "support" not in info.data:  # it was refused itself: nothing to check these against
+            return {}
+        return _checked(info.data["support"], given).model_dump(mode="json")
 
     def support_backend(self) -> str:
         return "sinks" if self.support == "local" else self.support
 
     def support_knobs(self) -> Params:
         """The support's params, checked."""
-        return _parsed(self.support, json.dumps(self.support_params))
+        return self.parsed_support
+
+    @cached_property
+    def parsed_support(self) -> Params:
+        """Made once per instance: every call of every layer asks."""
+        return _checked(self.support, self.support_params)
 
     def chunk_multiple(self) -> int:
         return self.support_knobs().chunk_multiple()
@@ -100,40 +109,51 @@ class ScatterbrainParams(FeatureParams):
         return [f"support_params: {problem}" for problem in own]
 
 
-def _check_support(name: str, given: dict[str, Any]) -> None:
-    """Refuses, naming the field, what the support's own params refuse, and what has no meaning in a
-    support."""
-    from kernels.api import InvalidParams
+def _checked(name: str, given: Mapping[str, Any]) -> Params:
+    """The support's params. What they refuse comes as a ValidationError, which pydantic puts below
+    ``support_params``, field by field."""
+    from kernels.registry import load
 
-    try:
-        knobs = _parsed(name, json.dumps(given))
-    except InvalidParams as error:
-        told = "; ".join(
-            f"support_params.{field}: {text}" if field else text for field, text in error.problems
-        )
-        raise refused(f"the params of support {name!r} are invalid: {told}") from None
-    except KeyError:
-        raise refused(f"the support {name!r} is not available in this build: choose another") from None
-    except TypeError as error:
-        raise refused(f"support_params must be plain JSON values: {error}") from None
+    params = load("sinks" if name == "local" else name).params
+    _refuse_unknown(params, given)
+    knobs = params.model_validate({**(LOCAL if name == "local" else {}), **given})
     if getattr(knobs, "remainder", "none") != "none":
-        raise refused(
-            f"support_params.remainder must be 'none', got {getattr(knobs, 'remainder', None)!r}: the "
-            "features already stand for the blocks left out"
+        raise _problems(
+            {"remainder": "must be 'none' in a support: the features already stand for the blocks left out"}
         )
     if getattr(knobs, "skip", 0.0) > 0:
-        raise refused(
-            f"support_params.skip must be 0, got {getattr(knobs, 'skip', None)}: here no block that was "
-            "chosen is passed over; lower the budget or mass instead"
+        raise _problems(
+            {
+                "skip": "must be 0 in a support: here no block that was chosen is passed over; lower the "
+                "budget or mass instead"
+            }
         )
+    return knobs
 
 
-@lru_cache(maxsize=256)
-def _parsed(name: str, given: str) -> Params:
-    from kernels.api import parse_params
+def _refuse_unknown(params: type[Params], given: Mapping[str, Any]) -> None:
+    from kernels.api import no_such, too_many
 
-    knobs = json.loads(given)
-    return parse_params("sinks", LOCAL | knobs) if name == "local" else parse_params(name, knobs)
+    fields = params.model_fields
+    refusal = too_many(fields, given)
+    if refusal is not None:
+        raise refused(refusal)
+    unknown = [name for name in given if name not in fields]
+    if unknown:
+        raise _problems(dict.fromkeys(unknown, no_such(fields)))
+
+
+def _problems(found: Mapping[str, str]) -> ValidationError:
+    """One complaint per field, none with the value given."""
+    return ValidationError.from_exception_data(
+        "support_params",
+        [
+            InitErrorDetails(
+                type=PydanticCustomError("support", "{text}", {"text": text}), loc=(str(field),), input={}
+            )
+            for field, text in found.items()
+        ],
+    )
 
 
 def support_of(params: ScatterbrainParams) -> Support:

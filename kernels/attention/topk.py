@@ -32,7 +32,7 @@ _CHOICE = 48
 
 
 class TopKParams(SelectParams):
-    """The shared ones."""
+    """How many keys each query tile reads beyond its own, as a number or as a share of the mass."""
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: TopKParams, call: Call) -> AttentionResult:

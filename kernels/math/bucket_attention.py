@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+import numpy as np
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Call
@@ -17,7 +18,7 @@ from kernels.math.buckets import Codes, Reach, looks_beyond_base
 from kernels.math.dense import grouped
 from kernels.math.masked import masked_attention
 from kernels.math.probe_rows import probe_dropped_mass
-from kernels.math.spans import add_spans, plan_for
+from kernels.math.spans import Ints, add_spans, plan_for
 
 Coder = Callable[[Tensor, Tensor, Call], Codes]
 """q [Hk, G, N, D], k [Hk, M, D] of one sequence (causal: no key after the last row) -> its codes."""
@@ -25,12 +26,10 @@ Coder = Callable[[Tensor, Tensor, Call], Codes]
 
 @dataclass(frozen=True)
 class Bucketing:
-    """What a backend decides: its codes, their cost and how far rows look. ``flops(num_rows, num_keys, D)``
-    is what one key head of one row group takes to code that many rows and keys."""
+    """What a backend decides: its codes and how far rows look."""
 
     codes: Coder
     reach: Reach
-    flops: Callable[[int, int, int], int]
 
 
 def bucket_attention(q: Tensor, k: Tensor, v: Tensor, how: Bucketing, call: Call) -> AttentionResult:
@@ -38,22 +37,25 @@ def bucket_attention(q: Tensor, k: Tensor, v: Tensor, how: Bucketing, call: Call
     k, v = _visible(q, k, v, call)
     acc = accumulator(q, k, v, _alone(q, call))
     add_spans(acc, plan_for(acc, how.reach.base(call.causal)))
-    coded = looks_beyond_base(how.reach, call, q.shape[2], k.shape[2])
-    if coded:
-        _add_sequences(acc, how)
-    return _told(result(acc, q, began), acc, how, coded)
+    kept, flops = np.full(q.shape[1], acc.kept // q.shape[1]), 0  # the base is every head's
+    if looks_beyond_base(how.reach, call, q.shape[2], k.shape[2]):
+        more_kept, flops = _add_sequences(acc, how)
+        kept += more_kept
+    return _told(result(acc, q, began), acc, kept, flops)
 
 
-def _add_sequences(acc: Accumulator, how: Bucketing) -> None:
-    kept = computed = 0
+def _add_sequences(acc: Accumulator, how: Bucketing) -> tuple[Ints, int]:
+    """Pairs kept beyond the base by each query head [H], and the operations of coding."""
+    kept, computed, flops = np.zeros(acc.q.shape[1] * acc.q.shape[2], np.int64), 0, 0
     for b in range(acc.q.shape[0]):
         began = perf_counter()
         codes = how.codes(acc.q[b], acc.k[b], acc.call)
         acc.selection_s += perf_counter() - began
         add = add_row if acc.q.shape[-2] == 1 else add_buckets
         more_kept, more_computed = add(acc, b, codes, how.reach)
-        kept, computed = kept + more_kept, computed + more_computed
-    acc.complete(kept, computed)
+        kept, computed, flops = kept + more_kept, computed + more_computed, flops + codes.flops
+    acc.complete(int(kept.sum()), computed)
+    return kept, flops
 
 
 def bucket_reference(q: Tensor, k: Tensor, v: Tensor, how: Bucketing, call: Call) -> AttentionResult:
@@ -62,14 +64,17 @@ def bucket_reference(q: Tensor, k: Tensor, v: Tensor, how: Bucketing, call: Call
     k, v = _visible(q, k, v, call)
     call = _alone(q, call)
     acc = accumulator(q, k, v, call)
+    kept, flops = np.zeros(q.shape[1], np.int64), 0
     for b in range(len(q)):
-        keep = kept_pairs(how.codes(acc.q[b], k[b], call), how.reach, call)
+        codes = how.codes(acc.q[b], k[b], call)
+        keep = kept_pairs(codes, how.reach, call)
+        kept, flops = kept + keep.sum((1, 2)).numpy(), flops + codes.flops
         one = masked_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], keep, call)
         assert one.lse is not None
         acc.out[b] = grouped(one.out, k.shape[1])[0]
         acc.lse[b] = one.lse[0].view(acc.lse.shape[1:])
         acc.kept, acc.computed = acc.kept + one.stats.pairs_kept, acc.computed + one.stats.pairs_computed
-    return _told(result(acc, q, began, impl="reference"), acc, how, True)
+    return _told(result(acc, q, began, impl="reference"), acc, kept, flops)
 
 
 def _visible(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -85,16 +90,16 @@ def _alone(q: Tensor, call: Call) -> Call:
     return call if len(q) == 1 else replace(call, kept=None)
 
 
-def _told(answer: AttentionResult, acc: Accumulator, how: Bucketing, coded: bool) -> AttentionResult:
-    """With the mass that was left out, and the operations that are not attention's."""
+def _told(answer: AttentionResult, acc: Accumulator, kept: Ints, flops: int) -> AttentionResult:
+    """With the mass that was left out, the pairs ``kept`` by each query head [H], and the operations that are
+    not attention's."""
     began = perf_counter()
     probe = probe_dropped_mass(acc.q, acc.k, acc.lse, acc.call)
-    B, heads, G, N, D = acc.q.shape
-    flops = B * heads * how.flops(G * N, acc.k.shape[2], D) if coded else 0
     stats = replace(
         answer.stats,
         dropped_mass=probe.dropped_mass,
         other_flops=flops + probe.flops,
+        kept_per_head=tuple(kept.tolist()),
         compute_ms=answer.stats.compute_ms + (perf_counter() - began) * 1e3,
     )
     return replace(answer, stats=stats)

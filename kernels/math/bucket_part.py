@@ -10,35 +10,38 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.contract import Call
 from kernels.math.accumulate import Accumulator
-from kernels.math.bucket_threads import side_by_side
 from kernels.math.buckets import BucketPanels, Codes, Reach, head_rounds
 from kernels.math.dense import dense_part, make_mask
 from kernels.math.merge import merge_into
+from kernels.math.spans import Ints
+from kernels.parallel import side_by_side
 
 _MINUS_INFINITY_32, _MINUS_INFINITY_64 = -(1 << 23), -(1 << 52)
 """Its bits in fp32 and fp64 as integers."""
 
 
-def add_buckets(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[int, int]:
-    """Add what sequence b's buckets keep beyond ``reach.base``; how many pairs were kept and computed. The
-    base is there already."""
+def add_buckets(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[Ints, int]:
+    """Add what sequence b's buckets keep beyond ``reach.base``; how many pairs each query head kept [H], and
+    how many were computed. The base is there already."""
     jobs = [partial(_add_head, acc, b, codes, head, reach) for head in range(acc.k.shape[1])]
     counts = side_by_side(jobs, acc.q.device)
-    return sum(kept for kept, _ in counts), sum(computed for _, computed in counts)
+    return np.concatenate([kept for kept, _ in counts]), sum(computed for _, computed in counts)
 
 
-def _add_head(acc: Accumulator, b: int, codes: Codes, head: int, reach: Reach) -> tuple[int, int]:
+def _add_head(acc: Accumulator, b: int, codes: Codes, head: int, reach: Reach) -> tuple[Ints, int]:
     """One key head of one sequence, round by round: no row stands twice in a round's panels."""
     k, v = acc.k[b, head].to(acc.q.dtype), acc.v[b, head].to(acc.q.dtype)
     q, out, lse = (x[b, head].flatten(0, 1) for x in (acc.q, acc.out, acc.lse))
     sound = math.isfinite(float(k.sum()) + float(v.sum()))
     part, part_lse = out.new_empty(len(out) + 1, out.shape[1]), lse.new_empty(len(lse) + 1)
-    kept = computed = 0
+    G, N = codes.rows.shape[1], codes.rows.shape[-1]
+    kept, computed = torch.zeros(G, dtype=torch.int64, device=q.device), 0
     for round_panels in head_rounds(codes, head, reach, acc.call):
         part.zero_()
         part_lse.fill_(-math.inf)
@@ -46,9 +49,10 @@ def _add_head(acc: Accumulator, b: int, codes: Codes, head: int, reach: Reach) -
             rows, rows_lse = panel_part(q, k, v, panels, acc.call, sound)
             part.index_copy_(0, panels.into.view(-1), rows.flatten(0, 1))
             part_lse.index_copy_(0, panels.into.view(-1), rows_lse.view(-1))
-            kept, computed = kept + panels.num_kept, computed + panels.drop.numel()
+            kept += panels.num_kept_per_head(G, N)
+            computed += panels.drop.numel()
         merge_into(out, lse, part[:-1], part_lse[:-1])
-    return kept, computed
+    return kept.cpu().numpy(), computed
 
 
 def panel_part(
@@ -71,10 +75,10 @@ def panel_part(
 
 def _bias(drop: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``drop`` is 0, -inf where it is -1: the bits of -inf, masked. A masked fill would branch on
-    every pair, which no processor can foretell."""
+    every pair, which no processor can foretell. ``drop`` stays as it is."""
     if dtype == torch.float64:
-        return drop.to(torch.int64).bitwise_and_(_MINUS_INFINITY_64).view(dtype)
-    return drop.to(torch.int32).bitwise_and_(_MINUS_INFINITY_32).view(dtype)
+        return drop.to(torch.int64, copy=True).bitwise_and_(_MINUS_INFINITY_64).view(dtype)
+    return drop.to(torch.int32, copy=True).bitwise_and_(_MINUS_INFINITY_32).view(dtype)
 
 
 def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

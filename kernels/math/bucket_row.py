@@ -22,15 +22,17 @@ from kernels.math.spans import Ints
 _FIRST_KEYS = 4096
 
 
-def add_row(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[int, int]:
-    """Add what the only row of sequence b keeps beyond ``reach.base``; pairs kept and computed."""
+def add_row(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[Ints, int]:
+    """Add what the only row of sequence b keeps beyond ``reach.base``; pairs kept by each query head [H], and
+    computed."""
     heads, G = codes.rows.shape[:2]
     keys, rows = codes.keys.cpu().numpy(), codes.rows[..., 0].cpu().numpy()
     look = partial(_found, tables=codes.tables, i=acc.call.start, causal=acc.call.causal, reach=reach)
     found = [look(keys[h], rows[h, g]) for h in range(heads) for g in range(G)]
-    most = max(len(one) for one in found)
+    kept = np.array([len(one) for one in found])
+    most = int(kept.max())
     if not most:
-        return 0, 0
+        return kept, 0
     edges, drop = _padded(found, most, acc.call.start)
     head = torch.arange(heads, device=acc.q.device).repeat_interleave(G)
     out, lse = attend_row_edges(
@@ -43,7 +45,7 @@ def add_row(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[int, 
         acc.call.scale,
     )
     merge_into(acc.out[b].flatten(0, 1), acc.lse[b].flatten(0, 1), out, lse)
-    return sum(len(one) for one in found), edges.numel()
+    return kept, edges.numel()
 
 
 def _found(keys: Codes16, rows: Codes16, tables: tuple[int, ...], i: int, causal: bool, reach: Reach) -> Ints:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 from kernels.contract import Call
@@ -13,6 +15,17 @@ Fit = Callable[[Tensor], Tensor]
 """The first ``basis_keys`` keys [Hk, basis_keys, D] -> what codes are made with (a centre, centroids)."""
 Encode = Callable[[Tensor, Tensor | None], Tensor]
 """(keys [Hk, n, D], basis) -> codes [Hk, tables, n]; a key's code depends on it and the basis alone."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """``codes`` [Hk, tables, M] and the ``basis`` they are made with; of each head's keys, ``num_coded`` were
+    coded for this answer and ``num_fitted`` read for the basis: 0 where the state knew."""
+
+    codes: Tensor
+    basis: Tensor | None
+    num_coded: int
+    num_fitted: int
 
 
 class CodeState:
@@ -30,27 +43,24 @@ class CodeState:
     def nbytes(self) -> int:
         return sum(0 if held is None else held.nbytes for held in (self._basis, self._codes))
 
-    @property
-    def basis(self) -> Tensor:
-        """What codes are made with; there is one once ``codes`` has been asked for any."""
-        assert self._basis is not None
-        return self._basis
-
     def truncate(self, length: int) -> None:
         with self._lock:
             self._length = min(self._length, length)
             if length < self._basis_keys:
                 self._basis, self._length = None, 0
 
-    def codes(self, k: Tensor, fit: Fit, encode: Encode) -> Tensor:
-        """Codes [Hk, tables, M] of keys [Hk, M, D]: those known, and the others, which are kept. A view."""
-        with self._lock:
+    def codes(self, k: Tensor, fit: Fit, encode: Encode) -> Coded:
+        """Codes of keys [Hk, M, D]: those known, and the others, which are kept. A view."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():  # what is kept outlives either mode
+            num_fitted = 0
             if self._basis is None and self._basis_keys:
-                self._basis = fit(k[:, : self._basis_keys])
-            if k.shape[1] > self._length:
+                num_fitted = min(self._basis_keys, k.shape[1])
+                self._basis = fit(k[:, :num_fitted])
+            num_coded = max(0, k.shape[1] - self._length)
+            if num_coded:
                 self._append(encode(k[:, self._length :], self._basis), k.shape[1])
             assert self._codes is not None
-            return self._codes[..., : k.shape[1]]
+            return Coded(self._codes[..., : k.shape[1]], self._basis, num_coded, num_fitted)
 
     def _append(self, new: Tensor, length: int) -> None:
         room = 0 if self._codes is None else self._codes.shape[-1]

@@ -20,10 +20,11 @@ _ORDERS = 5
 
 
 def bucket_workspace(
-    shape: CallShape, reach: Reach, *, tables: int, rounds: int, columns: int, basis: int
+    shape: CallShape, reach: Reach, *, tables: int, rounds: int, columns: int, basis: int, drawn: int = 0
 ) -> Workspace:
     """``tables`` orders of the keys, ``rounds`` that look into them, ``columns`` numbers that a code is
-    chosen from, ``basis`` vectors of a head by which keys are coded (fp64, kept)."""
+    chosen from, ``basis`` vectors of a head by which keys are coded (fp64, kept), ``drawn`` bytes of random
+    directions (kept for all calls of the layer)."""
     base = windows(shape, reach.window, reach.sinks)
     accumulated = _accumulated(shape)
     key_codes = shape.num_kv_heads * tables * shape.num_keys * _CODE
@@ -37,7 +38,7 @@ def bucket_workspace(
     )
     live = max(base.live_bytes, accumulated + max(coding, panels, _probe(shape)))
     kept = key_codes + shape.num_kv_heads * basis * shape.key_dim * _FP64 if shape.causal else 0
-    return Workspace(live, shared_bytes=base.shared_bytes, cache_bytes=kept)
+    return Workspace(live, drawn, base.shared_bytes, kept)
 
 
 def _accumulated(shape: CallShape) -> int:

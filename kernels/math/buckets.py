@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kernels.contract import Call
@@ -52,12 +53,14 @@ class Codes:
     below ``num_buckets``.
 
     Round r looks into the keys' table ``tables[r]``. Rounds of one table hold different buckets for a row.
+    ``flops``: what making them took, of all heads: rows, and keys that no kept state had a code for.
     """
 
     keys: Tensor
     rows: Tensor
     tables: tuple[int, ...]
     num_buckets: int
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ class BucketPanels:
     @property
     def num_kept(self) -> int:
         return self.drop.numel() - int(np.count_nonzero(self.drop.cpu().numpy()))
+
+    def num_kept_per_head(self, group: int, num_rows: int) -> Tensor:
+        """int64 [G]: pairs kept by each query head of a group of ``group`` with ``num_rows`` rows."""
+        dropped = self.drop.sum(-1, dtype=self.drop.dtype)  # at most as many as keys: it fits
+        kept = dropped.to(torch.int64).add_(self.drop.shape[-1])
+        counts = kept.new_zeros(group + 1)  # the last: places that only fill a panel
+        return counts.index_add_(0, (self.into // num_rows).view(-1), kept.view(-1))[:-1]
 
 
 def bucket_panels(codes: Codes, reach: Reach, call: Call) -> Iterator[BucketPanels]:

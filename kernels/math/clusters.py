@@ -21,20 +21,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.contract import Call, Params
-from kernels.math.bucket_states import code_state
-from kernels.math.bucket_threads import side_by_side
+from kernels.math.bucket_states import Coded, code_state
 from kernels.math.buckets import Codes, Reach
 from kernels.math.hashing import HASHED_AT_ONCE, finite_rows
 from kernels.math.rng import bits, fold
+from kernels.parallel import side_by_side
 
 STREAM = 4
 MAX_TRAIN_KEYS = 4096
 
 
 class KMeansParams(Params):
-    """The knobs of backend ``kmeans``, and of a support of that name."""
+    """How keys are clustered, and which of them every row sees besides those of its clusters."""
 
-    num_clusters: int = Field(default=32, ge=1, le=1024, description="Clusters of keys per head.")
+    num_clusters: int = Field(default=64, ge=1, le=1024, description="Clusters of keys per head.")
     num_probes: int = Field(default=2, ge=1, le=8, description="Clusters that a row looks into.")
     cluster_size: int = Field(
         default=128, ge=16, le=4096, multiple_of=16, description="Keys per row and cluster it looks into."
@@ -76,13 +76,16 @@ def kmeans_codes(params: KMeansParams, q: Tensor, k: Tensor, call: Call) -> Code
     if call.causal:
         key = ("kmeans", params.num_clusters, params.train_keys, params.iterations, call.seed, call.layer)
         state = code_state(call, key, params.train_keys, k.shape[1])
-        keys = state.codes(k, lambda first: centroids(params, first, call), _nearest)
-        middle = state.basis
+        coded = state.codes(k, lambda first: centroids(params, first, call), _nearest)
     else:
-        middle = centroids(params, k[:, _spread(k.shape[1]).to(k.device)], call)
-        keys = _nearest(k, middle)
-    rows = _probes(params, q, middle, -1.0 if call.scale < 0 else 1.0)
-    return Codes(keys, rows, (0,) * rows.shape[2], params.num_clusters)
+        some = _spread(k.shape[1]).to(k.device)
+        middle = centroids(params, k[:, some], call)
+        coded = Coded(_nearest(k, middle), middle, k.shape[1], len(some))
+    assert coded.basis is not None
+    rows = _probes(params, q, coded.basis, -1.0 if call.scale < 0 else 1.0)
+    heads, G, N, D = q.shape
+    flops = heads * kmeans_flops(params, G * N, coded.num_coded, D, coded.num_fitted)
+    return Codes(coded.codes, rows, (0,) * rows.shape[2], params.num_clusters, flops)
 
 
 def _spread(num_keys: int) -> Tensor:
@@ -148,7 +151,9 @@ def _largest(numbers: Tensor) -> Tensor:
     return numbers.argmax(-1)
 
 
-def kmeans_flops(params: KMeansParams, num_rows: int, num_keys: int, head_dim: int) -> int:
-    """What fitting the centroids of one head and coding that many rows and keys takes."""
-    fitted = params.iterations * min(num_keys, MAX_TRAIN_KEYS)
-    return 2 * head_dim * params.num_clusters * (num_rows + num_keys + fitted)
+def kmeans_flops(
+    params: KMeansParams, num_rows: int, num_keys: int, head_dim: int, num_fitted: int = 0
+) -> int:
+    """What coding that many rows and keys of one head takes, and fitting its centroids on ``num_fitted``."""
+    vectors = num_rows + num_keys + params.iterations * num_fitted
+    return 2 * head_dim * params.num_clusters * vectors

@@ -9,7 +9,8 @@ Every feature has a maximum of its own, so the best of them has weight 1 and z_i
 blocks hold. Own keys of a tile are exact, so no sum meets the diagonal. The T_r of many tiles are one
 matrix product per feature. Cost beyond the support's: O(M num_features (D + Dv)) for the blocks,
 O(num_features Dv) for each tile and block left out, O(N num_features (D + Dv)) for the rows. With a cache
-the blocks' features are kept beside it, num_features (Dv + 2) numbers per block and key head.
+the blocks' features are kept beside it, num_features (Dv + 2) numbers per block and key head, and for decode
+their total (``kernels.math.complement_blocks_row``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from threading import Lock
 from time import perf_counter
@@ -37,12 +39,14 @@ from kernels.math.complement import (
     merge_complement,
     together,
 )
+from kernels.math.complement_blocks_row import BlockTotals, add_row_left_out, takes_difference
 from kernels.math.features import FeatureMap, FeatureParams
 from kernels.math.query_tiles import QueryTiles, query_tiles
 from kernels.math.selected import ScoredLists
 from kernels.math.selection import TileParams
 from kernels.math.signed import Part
 from kernels.math.spans import add_spans, plan_for
+from kernels.parallel import run_spread
 
 TABLE_ELEMENTS = 1 << 21
 """Weights of blocks in tiles, over features, that exist at once."""
@@ -53,7 +57,26 @@ KEYS_AT_ONCE = 1 << 13
 def blocks_attention(
     q: Tensor, k: Tensor, v: Tensor, params: FeatureParams, call: Call, support: Support
 ) -> AttentionResult:
-    """A whole call over a support that has ``select``; sequences of a batch are independent."""
+    """A whole call over a support that has ``select``, stretches of its rows side by side where that pays."""
+    knobs = support.params
+    assert isinstance(knobs, TileParams)
+    shared = KeptBlocks(knobs.block_size, exact_rows(params, call)) if len(q) == 1 else None
+    execute = partial(_stretch, support=support, shared=shared)
+    return run_spread(execute, q, k, v, params, call)  # cut as the support's tiles ask (``chunk_multiple``)
+
+
+def _stretch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: FeatureParams,
+    call: Call,
+    *,
+    support: Support,
+    shared: KeptBlocks | None,
+) -> AttentionResult:
+    """Some rows of a call; sequences of a batch are independent. ``shared``: the block features of the call's
+    only sequence, should no cache have them."""
     began = perf_counter()
     acc = accumulator(q, k, v, call)
     knobs = support.params
@@ -68,8 +91,10 @@ def blocks_attention(
         left_out = left_out_blocks(tiles, lists)
         if bool(left_out.any()):
             own = features.of_sequence(b)
-            blocks = kept_blocks(acc, b, own, params, tiles)
-            _add_left_out(acc, b, own, tiles, left_out, blocks, dropped[b])
+            store = _store(acc, own, params, tiles.block, shared)
+            blocks = _read(store, acc, b, own, tiles)
+            if not _add_as_row(acc, own, left_out, store, blocks, dropped[b]):
+                _add_left_out(acc, b, own, tiles, left_out, blocks, dropped[b])
             features.flops += own.flops if own is not features else 0
     return together(acc, q, began, features, dropped)
 
@@ -133,15 +158,17 @@ class KeptBlocks:
         self._lock = Lock()
         self._room: BlockFeatures | None = None
         self._num_known = 0
+        self._totals = BlockTotals()
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._room is None else self._room.nbytes
+        return self._totals.nbytes + (0 if self._room is None else self._room.nbytes)
 
     def truncate(self, length: int) -> None:
         with self._lock:
             whole = length // self._block if length >= self._first_keys else 0
             self._num_known = min(self._num_known, whole)
+            self._totals.truncate(self._num_known)
 
     def get(self, k: Tensor, v: Tensor, features: Features, num_blocks: int) -> tuple[BlockFeatures, int]:
         """The first ``num_blocks`` of k [1, Hk, M, D], v [1, Hk, M, Dv], and how many keys were read for
@@ -153,6 +180,13 @@ class KeptBlocks:
                 _fill(k, v, features, self._block, known, self._room.first(num_blocks))
                 self._num_known = num_blocks
             return self._room.first(num_blocks), max(0, num_blocks - known) * self._block
+
+    def totals(self, blocks: BlockFeatures) -> BlockTotals:
+        """Those over the first blocks that ``get`` has just given."""
+        with self._lock:
+            self._totals.truncate(blocks.num_blocks)
+            self._totals.advance(blocks.mu, blocks.sums)
+            return self._totals
 
     def _grown(self, k: Tensor, v: Tensor, fmap: FeatureMap, num_blocks: int) -> BlockFeatures:
         """Room for more blocks, a quarter more than before, so that blocks are seldom copied."""
@@ -188,17 +222,46 @@ def kept_blocks(
     acc: Accumulator, b: int, features: Features, params: FeatureParams, tiles: QueryTiles
 ) -> BlockFeatures:
     """Those of the sequence's cache, where it has one; else made for this call."""
-    call, L = acc.call, tiles.block
-    first_keys = exact_rows(params, call)
-    if call.kept is None or not call.causal or len(acc.k) > 1:
-        store = KeptBlocks(L, first_keys)
-    else:
-        key = ("block features", features.map.key, L, *acc.k.shape[1:2], acc.v.shape[3], acc.k.device)
-        store = call.kept.get(key, lambda: KeptBlocks(L, first_keys))
+    return _read(_store(acc, features, params, tiles.block, None), acc, b, features, tiles)
+
+
+def _store(
+    acc: Accumulator, features: Features, params: FeatureParams, L: int, shared: KeptBlocks | None
+) -> KeptBlocks:
+    first_keys = exact_rows(params, acc.call)
+    if not _is_kept(acc):
+        return KeptBlocks(L, first_keys) if shared is None else shared
+    assert acc.call.kept is not None
+    key = ("block features", features.map.key, L, *acc.k.shape[1:2], acc.v.shape[3], acc.k.device)
+    return acc.call.kept.get(key, lambda: KeptBlocks(L, first_keys))
+
+
+def _is_kept(acc: Accumulator) -> bool:
+    return acc.call.kept is not None and acc.call.causal and len(acc.k) == 1
+
+
+def _read(
+    store: KeptBlocks, acc: Accumulator, b: int, features: Features, tiles: QueryTiles
+) -> BlockFeatures:
     blocks, read = store.get(acc.k[b : b + 1], acc.v[b : b + 1], features, tiles.num_blocks)
     heads, width = acc.k.shape[1], acc.v.shape[3] + 1
     features.flops += heads * (map_flops(features, read) + 2 * read * features.map.num_features * width)
     return blocks
+
+
+def _add_as_row(
+    acc: Accumulator,
+    features: Features,
+    left_out: Tensor,
+    store: KeptBlocks,
+    blocks: BlockFeatures,
+    dropped: Tensor,
+) -> bool:
+    """A decode step's left-out blocks as a difference, where that serves."""
+    if acc.q.shape[3] > 1 or not _is_kept(acc) or not takes_difference(left_out[:, 0]):
+        return False
+    totals = store.totals(blocks)
+    return add_row_left_out(acc, features, left_out[:, 0], (blocks.mu, blocks.sums), totals, dropped)
 
 
 def _add_left_out(

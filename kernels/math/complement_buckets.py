@@ -4,10 +4,11 @@
     B_i = sum over j that buckets add to window and sinks of L_ij [v_j, 1]
     complement_i = T_i - B_i
 
-Both are made in fp64 from the same fp64 features, whatever the inputs. A difference loses as many digits as
-T_i is larger than the row's whole normaliser Z_i (exact part and complement): rows with T_i / Z_i above
-``CANCELLATION``, and rows that some later key's features outweigh beyond e^LIMIT, are summed again key by
-key over the complement itself, O(M num_features) each. So the result is within rounding of the direct sum.
+T, and the difference, in fp64, whatever the inputs. Panels' L are products of features in the accumulator's
+type, e^(a_r + mu_r - c_i) times e^(e_r - mu_r) with mu_r the largest over all keys. In fp32 B is off by some
+2e-7 of itself, so rows where it is more than ``ROUGH`` times the row's whole normaliser, and rows that later
+keys outweigh beyond e^LIMIT, have it made again in fp64. What a difference then still loses is said, and
+mended, by ``kernels.math.complement_difference``: the result is within rounding of the direct sum.
 Buckets are visited as panels of rows that share one; exact scores and L of a panel go together.
 """
 
@@ -26,33 +27,38 @@ from kernels.contract import AttentionResult, Call
 from kernels.math.accumulate import Accumulator, accumulator
 from kernels.math.bucket_attention import Bucketing
 from kernels.math.bucket_part import merge_rows, panel_part
-from kernels.math.bucket_threads import side_by_side
 from kernels.math.buckets import BucketPanels, Codes, Reach, head_panels, looks_beyond_base
-from kernels.math.clusters import KMeansParams, kmeans_codes, kmeans_flops, kmeans_reach
+from kernels.math.clusters import KMeansParams, kmeans_codes, kmeans_reach
 from kernels.math.complement import Features, Support, exact_rows, features_of, map_flops, together
+from kernels.math.complement_difference import CANCELLATION, Difference
+from kernels.math.complement_row import OneState, add_row_of_buckets, joint_sums, shift_of
 from kernels.math.features import FeatureMap, FeatureParams, feature_map
-from kernels.math.hashing import LshParams, lsh_codes, lsh_flops, lsh_reach
-from kernels.math.linear_attention import feature_part
+from kernels.math.hashing import LshParams, lsh_codes, lsh_reach
+from kernels.math.linear_attention import KeptSums, feature_part
 from kernels.math.masked import weighted
 from kernels.math.spans import add_spans, plan_for
 from kernels.math.window import window_keep
+from kernels.parallel import side_by_side
 
-CANCELLATION = {torch.float32: 1e7, torch.float64: 10.0}
-"""The largest T_i / Z_i, by the accumulator's type: 2e-16 of T_i stays below that type's own rounding."""
-LIMIT = 500.0
-"""Largest exponent of a row's feature, relative to T_i's scale, that is multiplied in fp64."""
-AGAIN = 1 << 21
-"""Exponents that exist at once while rows are summed again."""
+LIMIT = {torch.float32: 40.0, torch.float64: 500.0}
+"""Largest exponent of a row's feature, relative to T_i's scale, that is multiplied in that type: what is too
+small for it, e^-87 and e^-708, then stays below 1e-16 of the scale."""
+ROUGH = 10.0
+"""The largest B_i / Z_i that fp32 may have made."""
+ROUNDING = 1e-6
+"""A complement that is no larger than so much of a B_i made in fp32 is none."""
+FAINT = 1e-9
+"""B_i counts as at least so much of T_i's scale: what is too small for fp32 is missing in it."""
 
 
 def bucketing(support: Support, exact: int) -> Bucketing:
     """How ``lsh`` or ``kmeans`` finds its pairs, rows below ``exact`` seeing all they may."""
     params = support.params
     if isinstance(params, LshParams):
-        how = Bucketing(partial(lsh_codes, params), lsh_reach(params), partial(lsh_flops, params))
+        how = Bucketing(partial(lsh_codes, params), lsh_reach(params))
     else:
         assert isinstance(params, KMeansParams)
-        how = Bucketing(partial(kmeans_codes, params), kmeans_reach(params), partial(kmeans_flops, params))
+        how = Bucketing(partial(kmeans_codes, params), kmeans_reach(params))
     return replace(how, reach=replace(how.reach, exact_rows=max(how.reach.exact_rows, exact)))
 
 
@@ -76,34 +82,55 @@ def buckets_attention(
 def _add_sequences(
     acc: Accumulator, how: Bucketing, params: FeatureParams, dropped: Tensor, features: Features
 ) -> None:
-    B, Hk, G, N, D = acc.q.shape
+    B, Hk, _, N, D = acc.q.shape
     wide = feature_map(params, acc.call, Hk, D, torch.float64, acc.q.device)
     for b in range(B):
         began = perf_counter()
         codes = how.codes(acc.q[b], acc.k[b], acc.call)
         acc.selection_s += perf_counter() - began
-        jobs = [
-            partial(_add_head, acc, b, head, _of_head(wide, features, b, head), codes, how.reach, dropped)
-            for head in range(Hk)
-        ]
-        counts = side_by_side(jobs, acc.q.device)
-        kept, computed = (sum(pairs) for pairs in zip(*counts, strict=True))
+        add = add_row_of_buckets if N == 1 else _add_heads
+        kept, computed = add(acc, b, _of_sequence(wide, features, b), codes, how.reach, dropped)
         acc.complete(kept, computed)
-        features.flops += Hk * how.flops(G * N, acc.k.shape[2], D)
-        features.flops += _flops(features, acc, computed)
+        features.flops += codes.flops + _flops(features, acc, computed)
 
 
-def _of_head(wide: FeatureMap, features: Features, b: int, head: int) -> Features:
-    """The fp64 features of one key head; its sums are kept under a key of its own."""
-    own = FeatureMap(wide.directions[head : head + 1], wide.scale, (wide.key, "head", head))
-    if features.centre is None:
-        return Features(own, None)
-    return Features(own, features.centre[b : b + 1, head : head + 1].double())
+def _of_sequence(wide: FeatureMap, features: Features, b: int) -> Features:
+    """The fp64 features of one sequence."""
+    return Features(wide, None if features.centre is None else features.centre[b : b + 1].double())
+
+
+def _of_head(features: Features, head: int) -> Features:
+    own = slice(head, head + 1)
+    fmap = FeatureMap(features.map.directions[own], features.map.scale)
+    return Features(fmap, None if features.centre is None else features.centre[:, own])
+
+
+def _add_heads(
+    acc: Accumulator, b: int, features: Features, codes: Codes, reach: Reach, dropped: Tensor
+) -> tuple[int, int]:
+    """All key heads of sequence b, side by side. Each advances the sums that are kept of it; those of all
+    stay together, for a decode step asks for them at once."""
+    kept, heads = joint_sums(acc, features.map, reach), range(acc.k.shape[1])
+    own = [KeptSums(reach.sinks, features.map.basis_keys) for _ in heads]
+    if kept is not None:
+        for head in heads:
+            own[head].sums = kept.sums.units(slice(head, head + 1), torch.float64)
+    jobs = [
+        partial(_add_head, acc, b, head, _of_head(features, head), codes, reach, dropped, own[head])
+        for head in heads
+    ]
+    counts = side_by_side(jobs, acc.q.device)
+    if kept is not None:
+        kept.keep([each.sums for each in own])
+    return sum(pairs for pairs, _ in counts), sum(pairs for _, pairs in counts)
 
 
 def _flops(features: Features, acc: Accumulator, computed: int) -> int:
-    """Of one sequence: features of keys and rows, T, and L in the panels."""
+    """Of one sequence: features of keys and rows, T, and L in the panels. With kept sums a step adds as many
+    keys as it has rows, where calls follow each other; panels make the features of all keys."""
     (_, Hk, G, N, _), M = acc.q.shape, acc.k.shape[2]
+    if N == 1 and acc.call.causal and acc.call.kept is not None:
+        M = 1
     F, width = features.map.num_features, acc.v.shape[3] + 1
     once = Hk * (map_flops(features, M) + G * map_flops(features, N))
     return once + 2 * Hk * (M + G * N) * F * width + 2 * computed * (F + width)
@@ -128,6 +155,11 @@ class _Head:
     def denominator(self) -> Tensor:
         return self.sums[:-1, -1]
 
+    @property
+    def difference(self) -> Difference:
+        """Its rows, sharing memory."""
+        return Difference(self.sums[:-1], self.log_scale, self.total)
+
 
 def _add_head(
     acc: Accumulator,
@@ -137,28 +169,46 @@ def _add_head(
     codes: Codes,
     reach: Reach,
     dropped: Tensor,
+    kept_sums: KeptSums,
 ) -> tuple[int, int]:
     """Merge the exact pairs of the buckets and the complement into the head's rows; pairs kept and
     computed."""
-    one = _total(acc, b, head, features, reach)
-    kept, computed, lost = _visit_panels(acc, b, head, one, codes, reach)
+    one = _total(acc, b, head, features, reach, kept_sums)
+    taken, beyond, kept, computed = _visit_panels(acc, b, head, one, codes, reach)
     out, lse = acc.out[b, head].flatten(0, 1), acc.lse[b, head].flatten(0, 1)
     shift = features.shift(acc.q[b : b + 1, head : head + 1].double())
     shift = shift.view(-1) if isinstance(shift, Tensor) else shift
-    again = _cancelled(one, lse.double(), shift, CANCELLATION[acc.q.dtype]) | lost
+    if acc.q.dtype == torch.float32:
+        rough = beyond | _rough(one, taken, lse, shift)
+        beyond = torch.zeros_like(rough)
+        if bool(rough.any()):
+            taken, beyond = _taken_again(one, taken, rough, head_panels(codes, head, reach, acc.call))
+    one.sums.sub_(taken)
+    if acc.q.dtype == torch.float32:
+        no_more_than_rounding = one.denominator.abs() <= ROUNDING * taken[:-1, -1]
+        one.sums[:-1].masked_fill_((no_more_than_rounding & ~rough).unsqueeze(-1), 0.0)
+    again = one.difference.cancelled(lse, shift, CANCELLATION[acc.q.dtype]) | beyond
     if bool(again.any()):
         _sum_again(one, again.nonzero()[:, 0], head_panels(codes, head, reach, acc.call), reach, acc)
-    dropped[b, head].flatten(0, 1).copy_(_merge(out, lse, one, shift))
+    dropped[b, head].flatten(0, 1).copy_(one.difference.merge(out, lse, shift))
     return kept, computed
 
 
-def _total(acc: Accumulator, b: int, head: int, features: Features, reach: Reach) -> _Head:
+def _total(
+    acc: Accumulator, b: int, head: int, features: Features, reach: Reach, kept_sums: KeptSums
+) -> _Head:
     """T of all rows, but for those that are exact."""
     call, at = acc.call, (slice(b, b + 1), slice(head, head + 1))
     q = acc.q[at].double()
-    shift = reach.window + (not call.causal)
     part = feature_part(
-        q, acc.k[at], acc.v[at], features.map, call, first=reach.sinks, shift=shift, centre=features.centre
+        q,
+        acc.k[at],
+        acc.v[at],
+        features.map,
+        replace(call, kept=None if call.kept is None else OneState(kept_sums)),
+        first=reach.sinks,
+        shift=shift_of(reach, call.causal),
+        centre=features.centre,
     )
     whole = slice(0, max(0, reach.exact_rows - call.start) if call.causal else 0)
     part.numerator[..., whole, :] = 0.0
@@ -183,46 +233,78 @@ def _total(acc: Accumulator, b: int, head: int, features: Features, reach: Reach
 
 def _visit_panels(
     acc: Accumulator, b: int, head: int, one: _Head, codes: Codes, reach: Reach
-) -> tuple[int, int, Tensor]:
-    """Add the panels' exact pairs to the rows and take their L off T. Pairs kept and computed, and the rows
-    [G N] whose L is beyond what is multiplied."""
+) -> tuple[Tensor, Tensor, int, int]:
+    """Add the panels' exact pairs to the rows. B [G N + 1, Dv + 1] in the accumulator's type, the rows [G N]
+    that ``_factors`` names, and pairs kept and computed."""
     k, v = acc.k[b, head].to(acc.q.dtype), acc.v[b, head].to(acc.q.dtype)
     q = acc.q[b, head].flatten(0, 1)
     out, lse = acc.out[b, head].flatten(0, 1), acc.lse[b, head].flatten(0, 1)
-    top = torch.where(torch.isfinite(one.keys), one.keys, -math.inf).amax(0)
-    keys = torch.cat([torch.exp(one.keys - top), one.values], -1)
-    scale = one.log_scale.masked_fill(one.log_scale == -math.inf, 0.0)
-    exponents = (one.rows + top).sub_(scale.unsqueeze(-1))
-    lost = (exponents.amax(-1) > LIMIT) & (one.denominator > 0)
-    rows = exponents.clamp_(max=LIMIT).exp_()
+    rows, keys, beyond = _factors(one, acc.q.dtype)
+    taken = keys.new_zeros(one.sums.shape)
     kept = computed = 0
     for panels in head_panels(codes, head, reach, acc.call):
         part, part_lse = panel_part(q, k, v, panels, acc.call, one.sound)
         merge_rows(out, lse, panels.into, part, part_lse)
-        _take_off(one, rows, keys, panels)
-        kept, computed = kept + int(torch.count_nonzero(panels.keep)), computed + panels.keep.numel()
-    return kept, computed, lost
+        _take(taken, rows, keys, panels, one.sound)
+        kept, computed = kept + panels.num_kept, computed + panels.drop.numel()
+    return taken, beyond, kept, computed
 
 
-def _take_off(one: _Head, rows: Tensor, keys: Tensor, panels: BucketPanels) -> None:
-    """T less the panels' L. ``rows`` [G N, F], ``keys`` [M, F + Dv + 1]: features, and values beside them."""
+def _factors(one: _Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of rows [G N, F] and, with the values beside them, of keys [M, F + Dv + 1], whose products are
+    L relative to the rows' scale; and the rows [G N] that are beyond what is multiplied."""
+    top = torch.where(torch.isfinite(one.keys), one.keys, -math.inf).amax(0)
+    F = one.keys.shape[1]
+    keys = one.keys.new_empty(len(one.keys), F + one.values.shape[1], dtype=dtype)
+    keys[:, :F], keys[:, F:] = (one.keys - top).exp_(), one.values
+    scale = one.log_scale.masked_fill(one.log_scale == -math.inf, 0.0)
+    exponents = (one.rows + top).sub_(scale.unsqueeze(-1))
+    beyond = (exponents.amax(-1) > LIMIT[dtype]) & (one.denominator > 0)
+    return exponents.clamp_(max=LIMIT[dtype]).exp_().to(dtype), keys, beyond
+
+
+def _take(taken: Tensor, rows: Tensor, keys: Tensor, panels: BucketPanels, sound: bool) -> None:
+    """Add the panels' sums of L to ``taken``; rows and keys as ``_factors`` makes them."""
     (T, R), P, F = panels.rows.shape, panels.keys.shape[1], rows.shape[1]
     own = rows.index_select(0, panels.rows.view(-1)).view(T, R, F)
     theirs = keys.index_select(0, panels.keys.reshape(-1)).view(T, P, -1)
-    pairs = torch.bmm(own, theirs[..., :F].mT).masked_fill_(~panels.keep, 0.0)
-    values = theirs[..., F:]
-    found = torch.bmm(pairs, values) if one.sound else weighted(pairs, values, panels.keep)
-    one.sums.index_add_(0, panels.into.view(-1), found.flatten(0, 1), alpha=-1.0)
+    pairs, values = _where_kept(torch.bmm(own, theirs[..., :F].mT), panels.drop), theirs[..., F:]
+    found = torch.bmm(pairs, values) if sound else weighted(pairs, values, panels.keep)
+    taken.index_add_(0, panels.into.view(-1), found.flatten(0, 1))
 
 
-def _cancelled(one: _Head, lse: Tensor, shift: Tensor | float, most: float) -> Tensor:
-    """Rows [G N] whose difference has lost too much, or is none."""
-    scale = one.log_scale + shift
-    top = torch.maximum(lse, scale)
+def _where_kept(pairs: Tensor, drop: Tensor) -> Tensor:
+    """0 where ``drop`` is -1: bits, masked, in place."""
+    bits = torch.int32 if pairs.dtype == torch.float32 else torch.int64
+    pairs.view(bits).bitwise_and_(torch.bitwise_not(drop).to(bits))
+    return pairs
+
+
+def _rough(one: _Head, taken: Tensor, lse: Tensor, shift: Tensor | float) -> Tensor:
+    """Rows [G N] whose B, made in fp32, is too large beside their normaliser, or is no number."""
+    own, scale, exact = taken[:-1, -1].double(), one.log_scale + shift, lse.double()
+    top = torch.maximum(exact, scale)
     weight = torch.exp(scale - top)
-    normaliser = torch.exp(lse - top) + one.denominator * weight
-    sane = torch.isfinite(one.total) & (one.total > 0) & torch.isfinite(lse)
-    return sane & ~((one.total * weight <= most * normaliser) & (one.denominator >= 0))
+    normaliser = torch.exp(exact - top) + (one.denominator - own).clamp_(min=0.0) * weight
+    large = own.clamp(min=FAINT) * weight > ROUGH * normaliser
+    return (large | ~torch.isfinite(taken[:-1].sum(-1))) & (one.denominator > 0)
+
+
+def _taken_again(
+    one: _Head, taken: Tensor, rough: Tensor, panels: Iterator[BucketPanels]
+) -> tuple[Tensor, Tensor]:
+    """B in fp64, made again for the rows ``rough`` [G N]; and those of them beyond what fp64 multiplies."""
+    rows, keys, beyond = _factors(one, torch.float64)
+    wanted = torch.cat([rough, rough.new_zeros(1)])
+    again = torch.zeros_like(one.sums)
+    for batch in panels:
+        some = wanted[batch.into].any(-1)
+        if bool(some.any()):
+            own = BucketPanels(
+                batch.head, batch.rows[some], batch.into[some], batch.keys[some], batch.drop[some]
+            )
+            _take(again, rows, keys, own, one.sound)
+    return torch.where(wanted.unsqueeze(-1), again, taken), beyond & rough
 
 
 def _sum_again(
@@ -243,27 +325,4 @@ def _sum_again(
         t, r = (own >= 0).nonzero(as_tuple=True)
         kept, places = batch.keep[t, r].nonzero(as_tuple=True)
         outside[own[t, r][kept], batch.keys[t[kept], places]] = False
-    step = max(1, AGAIN // one.keys.numel())
-    for a in range(0, len(rows), step):
-        some = rows[a : a + step]
-        wanted = outside[a : a + step]
-        logs = torch.logsumexp(one.rows[some, None] + one.keys, -1).masked_fill_(~wanted, -math.inf)
-        top = logs.amax(-1)
-        weights = torch.exp(logs - top.masked_fill(top == -math.inf, 0.0)[:, None])
-        weights.masked_fill_(~wanted, 0.0)
-        one.sums[some] = weighted(weights, one.values, wanted)
-        one.log_scale[some] = top
-
-
-def _merge(out: Tensor, lse: Tensor, one: _Head, shift: Tensor | float) -> Tensor:
-    """Both halves under one normaliser, into out [G N, Dv]; the complement's share of it [G N]."""
-    scale = (one.log_scale + shift).masked_fill_(one.denominator == 0, -math.inf)
-    exact = lse.double()
-    top = torch.maximum(exact, scale)
-    left, right = torch.exp(exact - top), torch.exp(scale - top)
-    normaliser = left + one.denominator * right
-    share = one.denominator * right / normaliser
-    sums = out.double().mul_(left.unsqueeze(-1))
-    sums += (one.sums[:-1, :-1] * right.unsqueeze(-1)).masked_fill_((right == 0).unsqueeze(-1), 0.0)
-    out.copy_(sums.div_(normaliser.unsqueeze(-1)))
-    return share
+    one.difference.sum_again(rows, one.rows[rows], one.keys, one.values, outside)

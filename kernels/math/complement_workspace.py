@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from kernels.contract import CallShape, Workspace
 from kernels.math.complement import Support
 from kernels.math.complement_blocks import KEYS_AT_ONCE, TABLE_ELEMENTS
@@ -90,23 +92,29 @@ def _tile_sums(params: FeatureParams, shape: CallShape, block: int, height: int)
 def _blocks(params: FeatureParams, shape: CallShape, support: Support, knobs: TileParams) -> Workspace:
     own = support.backend.workspace(knobs, shape)
     stays, made = _block_features(params, shape, knobs.block_size)
-    after = _accumulator(shape) + max(made, _tile_sums(params, shape, knobs.block_size, knobs.query_tile))
+    threads = torch.get_num_threads() if shape.on_cpu else 1
+    tiles = threads * _tile_sums(params, shape, knobs.block_size, knobs.query_tile)
+    after = _accumulator(shape) + max(made, tiles)
     if shape.causal:
-        return replace(own, live_bytes=max(own.live_bytes, after), cache_bytes=own.cache_bytes + stays)
+        total = shape.num_kv_heads * params.num_features * (shape.value_dim + 2) * _FP64
+        cache = own.cache_bytes + stays + total
+        return replace(own, live_bytes=max(own.live_bytes, after), cache_bytes=cache)
     return replace(own, live_bytes=max(own.live_bytes, after + stays))
 
 
 def _buckets(params: FeatureParams, shape: CallShape, support: Support) -> Workspace:
-    """Per key head, on each thread: T of its rows in fp64, exponents of rows and keys, and their
-    exponentials."""
+    """Per key head, on each thread, in fp64: first T with the parts it is joined from; then T, exponents of
+    rows and keys and the values, the exponentials of one of them, and panels' features and B in fp32."""
     own = support.backend.workspace(support.params, shape)
     group, F, width = shape.num_heads // shape.num_kv_heads, params.num_features, shape.value_dim + 1
     one = replace(shape, num_heads=group, num_kv_heads=1)
     sums = feature_workspace(one, F, scaled=True)
-    rows, keys = shape.num_rows * group, shape.num_keys
-    turned = 0 if shape.causal else rows * (shape.key_dim + width) + keys * (shape.key_dim + width)
-    head = rows * (2 * width + 2 * F + shape.key_dim) + keys * (2 * F + 3 * width + shape.key_dim) + turned
-    live = own.live_bytes + head * _FP64 + 2 * sums.live_bytes
+    rows, keys, D = shape.num_rows * group, shape.num_keys, shape.key_dim
+    sides = 1 if shape.causal else 3
+    total = rows * (D + sides * (width + 1)) + (0 if shape.causal else (rows + keys) * (D + width))
+    panels = rows * (width + 2 * F + width // 2 + F // 2) + keys * (2 * F + width + (F + width) // 2)
+    jobs = min(torch.get_num_threads(), shape.num_kv_heads) if shape.on_cpu else 1
+    live = own.live_bytes + jobs * (max(total, panels) * _FP64 + 2 * sums.live_bytes)
     cache = own.cache_bytes + (sums.cache_bytes * shape.num_kv_heads if shape.causal else 0)
     drawn = shape.num_kv_heads * F * shape.key_dim * _FP64
     return replace(own, live_bytes=live, cache_bytes=cache, kept_bytes=own.kept_bytes + drawn)

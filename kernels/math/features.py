@@ -41,12 +41,12 @@ class FeatureParams(Params):
         description="Random directions: orthogonal in blocks of head_dim, or independent.",
     )
     centre_keys: int = Field(
-        default=64,
+        default=0,
         ge=0,
         le=4096,
         description=(
-            "Keys lose the mean of the first so many (bidirectional: of all keys), which no softmax sees "
-            "and which makes features exacter; causal rows among the first attend exactly. 0: off."
+            "Keys lose the mean of the first so many (bidirectional: of all keys), which no softmax sees and "
+            "features gain by where keys share a mean; causal rows among the first attend exactly. 0: off."
         ),
     )
 
@@ -68,6 +68,8 @@ class FeatureMap:
     directions: Tensor
     scale: float
     key: Hashable = None
+    basis_keys: int = 0
+    """First keys on which every feature depends, through the centre; 0: on none."""
 
     @property
     def num_features(self) -> int:
@@ -114,7 +116,8 @@ def feature_map(
         ("features", *drawn, device),
         lambda: _draw(params, call, num_key_heads, head_dim).to(dtype=dtype, device=device),
     )
-    return FeatureMap(directions, call.scale, (*drawn, params.centre_keys, float(call.scale)))
+    key = (*drawn, params.centre_keys, float(call.scale))
+    return FeatureMap(directions, call.scale, key, params.centre_keys if call.causal else 0)
 
 
 def _draw(params: FeatureParams, call: Call, num_key_heads: int, head_dim: int) -> Tensor:

@@ -18,26 +18,27 @@ vector with a number that is not finite counts as the zero vector for its code, 
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.contract import Call, Params
+from kernels.contract import Call, CallShape, Params
 from kernels.math.bucket_states import code_state
-from kernels.math.bucket_threads import side_by_side
 from kernels.math.buckets import Codes, Reach
+from kernels.math.cache import DRAWS
 from kernels.math.features import normals
 from kernels.math.rng import fold
+from kernels.parallel import side_by_side
 
 STREAM = 3
 HASHED_AT_ONCE = 4096
 
 
 class LshParams(Params):
-    """The knobs of backend ``lsh``, and of a support of that name."""
+    """How queries and keys are hashed, and which keys every row sees besides those of its buckets."""
 
     variant: Literal["reformer", "smyrf"] = Field(
         default="reformer",
@@ -92,9 +93,9 @@ def lsh_codes(params: LshParams, q: Tensor, k: Tensor, call: Call) -> Codes:
     if params.variant == "smyrf":
         return _smyrf_codes(params, q, k, call)
     rows = _reformer_rows(params, q, call)
-    return Codes(
-        reformer_keys(params, k, call), rows, tuple(range(params.num_hash_rounds)), params.num_buckets
-    )
+    keys, num_coded = reformer_keys(params, k, call)
+    tables = tuple(range(params.num_hash_rounds))
+    return Codes(keys, rows, tables, params.num_buckets, _flops(params, q, num_coded))
 
 
 def _reformer_rows(params: LshParams, q: Tensor, call: Call) -> Tensor:
@@ -104,23 +105,30 @@ def _reformer_rows(params: LshParams, q: Tensor, call: Call) -> Tensor:
     return torch.unflatten(rows, 2, (q.shape[1], q.shape[2])).transpose(1, 2)
 
 
-def reformer_keys(params: LshParams, k: Tensor, call: Call) -> Tensor:
-    """int16 [Hk, rounds, M] of keys [Hk, M, D]."""
+def reformer_keys(params: LshParams, k: Tensor, call: Call) -> tuple[Tensor, int]:
+    """int16 [Hk, rounds, M] of keys [Hk, M, D]; and how many of each head were hashed for it."""
     weights = rotations(params, call, k.shape[0], k.shape[-1])
     if not call.causal:
-        return _hashed(k, weights, key_mean(k) if params.centre_keys else None)
+        return _hashed(k, weights, key_mean(k) if params.centre_keys else None), k.shape[1]
     key = ("lsh", params.num_hash_rounds, params.num_buckets, params.centre_keys, call.seed, call.layer)
     state = code_state(call, key, params.centre_keys, k.shape[1])
-    return state.codes(k, key_mean, lambda new, centre: _hashed(new, weights, centre))
+    coded = state.codes(k, key_mean, lambda new, centre: _hashed(new, weights, centre))
+    return coded.codes, coded.num_coded
 
 
 def rotations(params: LshParams, call: Call, num_heads: int, head_dim: int) -> Tensor:
     """R fp64 [Hk, D, num_hash_rounds, num_buckets / 2] of a layer, drawn from (seed, layer, key head)."""
     rounds, half = params.num_hash_rounds, params.num_buckets // 2
-    return _rotations(call.seed, call.layer, num_heads, head_dim, rounds, half)
+    drawn = (call.seed, call.layer, num_heads, head_dim, rounds, half)
+    return DRAWS.get(("rotations", *drawn), lambda: _rotations(*drawn))
 
 
-@lru_cache(maxsize=64)
+def rotations_bytes(params: LshParams, shape: CallShape) -> int:
+    """What ``rotations`` takes, for as long as the cache of draws keeps it."""
+    columns = params.num_hash_rounds * (params.num_buckets // 2)
+    return shape.num_kv_heads * shape.key_dim * columns * 8
+
+
 def _rotations(seed: int, layer: int, num_heads: int, dim: int, rounds: int, half: int) -> Tensor:
     heads = [normals(fold(seed, layer, STREAM, head), rounds * dim, half) for head in range(num_heads)]
     return torch.stack(heads).view(num_heads, rounds, dim, half).transpose(1, 2).contiguous()
@@ -180,7 +188,8 @@ def _smyrf_codes(params: LshParams, q: Tensor, k: Tensor, call: Call) -> Codes:
     keys, rows = zip(
         *(_smyrf_head(params, q[h], k[h], h, clusters, call) for h in range(len(k))), strict=True
     )
-    return Codes(torch.stack(keys), torch.stack(rows), tuple(range(params.num_hash_rounds)), clusters)
+    tables, flops = tuple(range(params.num_hash_rounds)), _flops(params, q, k.shape[1])
+    return Codes(torch.stack(keys), torch.stack(rows), tables, clusters, flops)
 
 
 def _smyrf_head(
@@ -205,12 +214,18 @@ def _smyrf_head(
 
 
 def _ranked(projected: Tensor, clusters: int) -> Tensor:
-    """Cluster [..., n] of every place: the order of the last dimension cut at floor(a n / clusters)."""
+    """Cluster [..., n] of every place: the order of the last dimension cut into nearly equal parts, the
+    middle of place p deciding; fewer places than clusters are spread over them."""
     n = projected.shape[-1]
-    borders = torch.arange(1, clusters, device=projected.device) * n // clusters
-    cluster = torch.bucketize(torch.arange(n, device=projected.device), borders, right=True)
+    cluster = (2 * torch.arange(n, device=projected.device) + 1) * clusters // (2 * n)
     order = torch.sort(projected, dim=-1, stable=True).indices
     return torch.empty_like(order).scatter_(-1, order, cluster.expand_as(order)).to(torch.int32)
+
+
+def _flops(params: LshParams, q: Tensor, num_keys: int) -> int:
+    """Of all heads: rows q [Hk, G, N, D] and so many keys of each head."""
+    heads, G, N, D = q.shape
+    return heads * lsh_flops(params, G * N, num_keys, D)
 
 
 def lsh_flops(params: LshParams, num_rows: int, num_keys: int, head_dim: int) -> int:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from kernels.contract import Call, CallShape, Workspace
-from kernels.math.bucket_threads import side_by_side
 from kernels.math.features import FeatureMap
 from kernels.math.masked import weighted
 from kernels.math.signed import Part
+from kernels.parallel import side_by_side
 
 CHUNK = 64
 """Rows of a causal chunk, at absolute multiples."""
@@ -146,17 +146,19 @@ class FeatureSums:
 
 
 class KeptSums:
-    """The state of one sequence, beside its cache, in fp64: a million decode steps add up."""
+    """The state of one sequence, beside its cache, in fp64: a million decode steps add up. The centre, and so
+    every sum, depends on the first ``basis_keys`` keys."""
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, basis_keys: int) -> None:
         self.sums = FeatureSums(first)
+        self._basis_keys = basis_keys
 
     @property
     def nbytes(self) -> int:
         return self.sums.nbytes
 
     def truncate(self, length: int) -> None:
-        if length < self.sums.length:
+        if length < max(self.sums.length, self._basis_keys):
             self.sums = FeatureSums(self.sums.first)
 
     def keep(self, parts: Sequence[FeatureSums]) -> None:
@@ -344,7 +346,9 @@ def _causal(rows: _Rows, keys: _Keys, call: Call, first: int, shift: int) -> Non
         _causal_shared(rows, keys, FeatureSums(first), position)
         return
     sizes = (*keys.k.shape[::2], keys.v.shape[-1], keys.k.device)
-    kept = call.kept.get(("features", keys.fmap.key, first, shift, sizes), lambda: KeptSums(first))
+    kept = call.kept.get(
+        ("features", keys.fmap.key, first, shift, sizes), lambda: KeptSums(first, keys.fmap.basis_keys)
+    )
     known = kept.sums
     if known.length > position + is_step:
         known = FeatureSums(first)

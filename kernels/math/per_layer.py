@@ -17,6 +17,9 @@ T = TypeVar("T", int, float)
 Forms = Union[T, tuple[T | tuple[T, ...], ...]]  # noqa: UP007  (mypy knows no alias T | ... of a variable)
 
 MAX_COUNT = 1 << 20
+MAX_ENTRIES = 1024
+"""Of a list, per layer or per key head."""
+_OF_WHAT = ("layer", "key head")
 _ALSO = (
     ", or a list with one entry per layer, each such a number or a list with one per key head",
     ", or a list with one per key head",
@@ -84,6 +87,11 @@ def _entries(
 ) -> Iterator[tuple[Any, str]]:
     if not value:
         raise refused(f"{place} is an empty list: give {number.told}{_ALSO[depth]}")
+    if len(value) > MAX_ENTRIES:
+        raise refused(
+            f"{place} has {len(value):,} entries, one per {_OF_WHAT[depth]}, but at most {MAX_ENTRIES} may "
+            f"be given: give {number.told}, or a shorter list"
+        )
     return ((one, f"{place}[{at}]") for at, one in enumerate(value))
 
 
@@ -101,11 +109,12 @@ def refused(text: str) -> PydanticCustomError:
 
 def schema(number: Number[T], *, optional: bool = False) -> WithJsonSchema:
     """The forms as JSON schema."""
-    heads = {"type": "array", "items": number.schema, "minItems": 1, "title": "per key head"}
+    size = {"minItems": 1, "maxItems": MAX_ENTRIES}
+    heads = {"type": "array", "items": number.schema, **size, "title": "per key head"}
     layers = {
         "type": "array",
         "items": {"anyOf": [number.schema, heads]},
-        "minItems": 1,
+        **size,
         "title": "per layer",
     }
     return WithJsonSchema({"anyOf": [number.schema, layers, *([{"type": "null"}] if optional else [])]})

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from models.contract import Tokenizer
+from models.contract import Choice, Tokenizer
 from service.answers import Attended, Score, ScoreAnswer, attention_of, stats_of, usage_of
-from service.attention import choose, parse, refuse_prompt_selection
+from service.attention import choose, parse, selects_by_tile
 from service.errors import ApiError, invalid
 from service.flow import Flow
 from service.inputs import Reading, Tokens
@@ -42,9 +42,7 @@ class TokenizeAnswer(BaseModel):
 async def score(body: ScoreRequest, request: Request) -> Response:
     flow = Flow(request)
     model = flow.begin(body.model, "score")
-    spec = parse(body.attention)
-    refuse_prompt_selection(spec)
-    attended = Attended.one(choose(spec, model))
+    attended = Attended.one(choose(parse(body.attention), model, scores=True))
     reading = Reading(model, flow.runtime.settings, model.info.max_tokens)
     tokens = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
     if len(tokens.token_ids) < 2:
@@ -63,7 +61,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         usage=usage_of(flow.record),
         attention=attention_of(job, attended),
         stats=stats_of(job, flow.record, now),
-        warnings=_warnings(spec.backend.capabilities.selection),
+        warnings=_warnings(attended.prefill.choice),
     )
     return await flow.respond(
         lambda: answer, len(sequence.scores), exclude=None if body.include_stats else {"stats"}
@@ -121,8 +119,8 @@ def _scored_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
     return len(tokens.text.encode("utf-8")) - len(tokens.text[first:end].encode("utf-8"))
 
 
-def _warnings(selection: str) -> list[str]:
-    if selection != "tile":
+def _warnings(choice: Choice) -> list[str]:
+    if not selects_by_tile(choice):
         return []
     return [
         "keys were selected by whole query tiles, so a token's score may depend on later tokens of its tile"

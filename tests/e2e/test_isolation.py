@@ -34,13 +34,15 @@ def encode(text_ids: list[int], backend: str, seed: int) -> dict[str, Any]:
 
 
 def mixed_requests(server: Server, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """32 requests: every backend, four lengths, both endpoints, different parts of one text."""
-    backends = [b["name"] for b in server.get("/v1/attention/backends").json()["data"]]
+    """32 requests: every backend that the model serves, in turns, four lengths, both endpoints, different
+    parts of one text."""
+    cards = {card["id"]: card["backends"] for card in server.get("/v1/models").json()["data"]}
     words = server.post("/v1/tokenize", {"model": DECODER, "input": text[:40_000]})["data"][0]["token_ids"]
     pieces = server.post("/v1/tokenize", {"model": ENCODER, "input": text[:40_000]})["data"][0]["token_ids"]
     requests: list[tuple[str, dict[str, Any]]] = []
     for i in range(32):
-        backend, length = backends[i % len(backends)], LENGTHS[(i // len(backends)) % len(LENGTHS)]
+        backends = cards[ENCODER if i % 4 == 3 else DECODER]
+        backend, length = backends[i % len(backends)], LENGTHS[(i + i // len(LENGTHS)) % len(LENGTHS)]
         if i % 4 == 3:
             requests.append(("/v1/encode", encode(pieces[i * 90 : i * 90 + length], backend, i)))
         else:

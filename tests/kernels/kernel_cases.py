@@ -61,7 +61,7 @@ CASES: list[Case] = [
     ("vertical_slash", {}),
     ("vertical_slash", {"query_tile": 256, "block_size": 32, "num_verticals": 20, "num_slashes": 2}),
     ("performer", {}),
-    ("performer", {"num_features": 33, "features": "positive", "centre_keys": 0}),
+    ("performer", {"num_features": 33, "features": "positive", "centre_keys": 64}),
     ("performer", {"num_features": 130, "projection": "iid", "centre_keys": 7}),
     ("performer", {"num_features": 2, "centre_keys": 150}),
     ("nystrom", {}),
@@ -81,7 +81,7 @@ CASES: list[Case] = [
         {"num_clusters": 9, "num_probes": 4, "cluster_size": 32, "window": 1, "sinks": 0, "train_keys": 100},
     ),
     ("scatterbrain", {}),
-    ("scatterbrain", {"support_params": {"window": 9, "sinks": 0}, "num_features": 10, "centre_keys": 0}),
+    ("scatterbrain", {"support_params": {"window": 9, "sinks": 0}, "num_features": 10, "centre_keys": 64}),
     ("scatterbrain", {"support_params": {"window": 100, "sinks": 90}, "centre_keys": 33}),
     ("scatterbrain", {"support": "strided", "support_params": {"stride": 7}, "centre_keys": 5}),
     ("scatterbrain", {"support": "fixed", "support_params": {"stride": 64, "combine": "multihead"}}),
@@ -99,11 +99,19 @@ CASES: list[Case] = [
     ),
     (
         "scatterbrain",
-        {"support": "pages", "support_params": {"query_tile": 128, "block_size": 64, "budget": 64}},
+        {
+            "support": "pages",
+            "support_params": {"query_tile": 128, "block_size": 64, "budget": 64},
+            "centre_keys": 64,
+        },
     ),
     (
         "scatterbrain",
-        {"support": "lsh", "support_params": {"num_buckets": 6, "cluster_size": 16, "window": 3}},
+        {
+            "support": "lsh",
+            "support_params": {"num_buckets": 6, "cluster_size": 16, "window": 3},
+            "centre_keys": 64,
+        },
     ),
     (
         "scatterbrain",

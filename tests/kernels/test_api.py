@@ -99,16 +99,76 @@ HOSTILE: dict[str, Any] = {
     "long text": "x" * 100_000,
     "long list": ["y" * 1000] * 10_000,
     "large mapping": {str(i): i for i in range(10_000)},
+    "large mapping of long names": {f"{i}" + "z" * 1000: i for i in range(1000)},
+    "mapping of long names": {f"{i}" + "z" * 10_000: i for i in range(7)},
 }
+SUPPORTED = {"local": "window", "topk": "mass", "bigbird": "block_size", "lsh": "num_buckets"}
+"""A support of scatterbrain and one of its fields."""
 
 
-@pytest.mark.parametrize("backend", ["window", "topk", "vertical_slash", "strided"])
+@pytest.mark.parametrize("backend", ["window", "topk", "vertical_slash", "strided", "scatterbrain"])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_refusal_repeats_little_of_what_was_given_whatever_it_is(backend: str, kind: str) -> None:
     for field in load(backend).params.model_fields:
         with pytest.raises(api.InvalidParams) as caught:
             api.parse_params(backend, {field: HOSTILE[kind]})
-        assert len(str(caught.value)) < 800 and f"{field}: " in str(caught.value)
+        told = str(caught.value)
+        assert len(told) < 2000 if "names" in kind else len(told) < 800
+        assert f"{field}: " in told or f"{field}.0zzz" in told
+
+
+@pytest.mark.parametrize("support", SUPPORTED)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_refusal_of_a_support_s_params_names_the_field_and_is_as_short(support: str, kind: str) -> None:
+    field = SUPPORTED[support]
+    with pytest.raises(api.InvalidParams) as caught:
+        given = {"support": support, "support_params": {field: HOSTILE[kind]}}
+        api.parse_params("scatterbrain", given)
+    assert len(str(caught.value)) < 800 and f"support_params.{field}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_params_of_very_many_names_are_refused_unread(backend: str) -> None:
+    fields = load(backend).params.model_fields
+    told = f"10,000 parameters were given, but there are only {len(fields)}: {', '.join(fields) or 'none'}"
+    with pytest.raises(api.InvalidParams) as caught:
+        api.parse_params(backend, HOSTILE["large mapping"])
+    assert caught.value.problems == (("", told),)
+
+
+def test_only_the_first_problems_are_told_and_the_others_counted() -> None:
+    with pytest.raises(api.InvalidParams) as caught:
+        call(params={str(i): i for i in range(7)})
+    told = str(caught.value)
+    assert told.count("no such parameter") == 5 and told.endswith("; and 2 more")
+    assert len(caught.value.problems) == 7
+
+
+def test_a_rule_over_several_params_is_told_in_its_own_words() -> None:
+    with pytest.raises(api.InvalidParams) as caught:
+        api.parse_params("lsh", {"num_buckets": 7})
+    assert caught.value.problems == (("", "num_buckets must be 1 or even, got 7"),)
+    with pytest.raises(api.InvalidParams) as caught:
+        api.parse_params("scatterbrain", {"support": "lsh", "support_params": {"num_buckets": 7}})
+    assert caught.value.problems == (("support_params", "num_buckets must be 1 or even, got 7"),)
+
+
+def test_a_support_s_defaults_are_filled_in_so_that_what_means_the_same_is_equal() -> None:
+    own = {"window": 256, "sinks": 4}
+    for given in ({}, {"support_params": {}}, {"support_params": own}, {"support_params": {"window": 256}}):
+        parsed = api.parse_params("scatterbrain", given)
+        assert parsed == api.parse_params("scatterbrain") and parsed.model_dump()["support_params"] == own
+    parsed = api.parse_params("scatterbrain", {"support": "topk", "support_params": {"mass": 0.5}})
+    assert parsed.model_dump()["support_params"] == api.parse_params("topk", {"mass": 0.5}).model_dump()
+
+
+@pytest.mark.parametrize(("given", "of_what"), [([64] * 1025, "layer"), ([[64] * 1025], "key head")])
+def test_a_list_per_layer_or_head_has_a_greatest_length(given: list[Any], of_what: str) -> None:
+    told = f"has 1,025 entries, one per {of_what}, but at most 1024 may be given"
+    with pytest.raises(api.InvalidParams, match=told):
+        api.parse_params("topk", {"budget": given})
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"budget": given}, describe("topk", graph=False)["params_schema"])
 
 
 def test_a_name_that_is_too_long_is_cut() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from kernels import Unsupported, backend_names
 from kernels.contract import AttentionResult, Segment, Selection
+from kernels.math.kept import KeptStates
 from kernels.registry import load
 from tests.kernels.kernel_cases import (
     CASES,
@@ -409,7 +410,7 @@ def test_what_rows_leave_out_by_their_own_choice_is_measured_on_probe_rows(case:
 def test_pairs_split_by_head_add_up(case: Case, causal: bool) -> None:
     q, k, v = make_inputs(2, (6, 2), 130, 150, 32)
     stats = attend(q, k, v, backend=case[0], params=case[1], causal=causal, scale=scale_of(q)).stats
-    if load(case[0]).capabilities.learned:
+    if _measures_probes(case):  # each row chooses, and so each head
         assert stats.kept_per_head is not None
     if stats.kept_per_head is not None:
         kept = answer(case, q, k, v, start=20, causal=causal).kept
@@ -419,6 +420,38 @@ def test_pairs_split_by_head_add_up(case: Case, causal: bool) -> None:
     assert stats.other_flops >= 0
     if not keeps_pairs(case[0]) and stats.pairs_kept < stats.pairs_exact:
         assert stats.other_flops > 0
+
+
+COUNTED: list[Case] = [
+    ("lsh", {}),
+    ("kmeans", {"train_keys": 100}),
+    ("performer", {}),
+    ("scatterbrain", {"support_params": {"window": 9}}),
+]
+"""Those that code or sum up keys once and keep what they know of them."""
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=case_id)
+def test_operations_are_counted_once_for_every_key_that_a_state_holds(case: Case) -> None:
+    q, k, v = make_inputs(1, (4, 2), 1032, 1032, 32)
+
+    def flops(begin: int, end: int, kept: KeptStates | None) -> int:
+        rows, some = slice(0, end - begin), (x[:, :, :end] for x in (k, v))
+        segments = [Segment(rows, *some, start=begin, kept=kept)]
+        options: dict[str, Any] = {"params": case[1], "causal": True, "scale": 0.2}
+        stats = attend_packed(q[:, :, begin:end], segments, backend=case[0], **options).stats[0]
+        return stats.other_flops
+
+    kept, chunks, steps = KeptStates(), 0, []
+    for begin in range(0, 1024, 256):  # chunks that end on probed rows, as the whole does
+        chunks += flops(begin, begin + 256, kept)
+        steps.append(flops(begin + 256, begin + 257, kept))
+        kept.truncate(begin + 256)
+    whole = flops(0, 1024, None)
+    assert len(set(steps)) == 1
+    assert 0.7 * whole < chunks <= whole
+    assert steps[0] < 3 * whole / 1024
+    assert flops(1025, 1026, None) > 20 * steps[0], "without states every key is read"
 
 
 WIDE: list[Case] = [

@@ -78,7 +78,8 @@ class Sequence:
     def go_back(self, length: int) -> None:
         """Other tokens from ``length`` on, written where the old ones were."""
         self.kept.truncate(length)
-        other = make_inputs(1, HEADS, 300, 300, DIM, seed=length + 100)
+        num_tokens = self.k.shape[2]
+        other = make_inputs(1, HEADS, num_tokens, num_tokens, DIM, seed=length + 100)
         for mine, new in zip((self.q, self.k, self.v), other, strict=True):
             mine[:, :, length:] = new[:, :, length:]
 
@@ -109,6 +110,29 @@ def test_other_tokens_in_the_place_of_those_cut_off_are_read(case: Case) -> None
         sequence.check(length, length + 1)
         sequence.check(length + 1, length + 30)
         sequence.check(length + 30, length + 31)
+
+
+CENTRED: list[Case] = [
+    ("scatterbrain", {"support_params": {"window": 256}, "centre_keys": 64}),
+    ("scatterbrain", {"support": "window", "support_params": {"window": 256}, "centre_keys": 64}),
+    ("scatterbrain", {"support": "star", "support_params": {"window": 256}, "centre_keys": 64}),
+    (
+        "scatterbrain",
+        {"support": "lsh", "support_params": {"window": 256, "cluster_size": 16}, "centre_keys": 64},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CENTRED, ids=case_id)
+def test_sums_of_fewer_keys_than_are_left_forget_a_centre_that_was_cut_off(case: Case) -> None:
+    sequence = Sequence(case, num_tokens=310)
+    sequence.check(0, 306)  # keys up to 50 have left the window; the centre is of 64
+    sequence.go_back(52)
+    sequence.check(52, 300)
+    for end in range(301, 311):
+        sequence.check(end - 1, end)
+    sequence.go_back(52)
+    sequence.check(309, 310)
 
 
 @every_decoding_case

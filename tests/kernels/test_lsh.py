@@ -215,6 +215,7 @@ def test_a_broken_query_breaks_its_own_row_alone(causal: bool) -> None:
 def test_kept_codes_are_made_once_for_every_key_and_forgotten_when_cut_off() -> None:
     k = make_inputs(1, (2, 2), 1, 300, 8)[1][0]
     made: list[int] = []
+    told: list[tuple[int, int]] = []
 
     def encode(new: Tensor, basis: Tensor | None) -> Tensor:
         assert basis is not None
@@ -224,17 +225,56 @@ def test_kept_codes_are_made_once_for_every_key_and_forgotten_when_cut_off() -> 
     state = CodeState(10)
     want = encode(k, k[:, :10].mean(1, keepdim=True))
     for length in (100, 101, 102, 90, 300):
-        codes = state.codes(k[:, :length], lambda first: first.mean(1, keepdim=True), encode)
-        assert torch.equal(codes, want[..., :length])
+        coded = state.codes(k[:, :length], lambda first: first.mean(1, keepdim=True), encode)
+        assert torch.equal(coded.codes, want[..., :length])
+        told.append((coded.num_coded, coded.num_fitted))
     assert made[1:] == [100, 1, 1, 198]
+    assert told == [(100, 10), (1, 0), (1, 0), (0, 0), (198, 0)]
     held = state.nbytes
     state.truncate(50)
-    assert torch.equal(state.codes(k, lambda first: first.mean(1, keepdim=True), encode), want)
+    assert torch.equal(state.codes(k, lambda first: first.mean(1, keepdim=True), encode).codes, want)
     assert made[-1] == 250 and state.nbytes == held
     state.truncate(9)
     moved = k + 1.0
     want = encode(moved, moved[:, :10].mean(1, keepdim=True))
-    assert torch.equal(state.codes(moved, lambda first: first.mean(1, keepdim=True), encode), want)
+    assert torch.equal(state.codes(moved, lambda first: first.mean(1, keepdim=True), encode).codes, want)
+
+
+def test_codes_kept_in_inference_mode_grow_outside_of_it_and_back() -> None:
+    k = make_inputs(1, (2, 2), 1, 60, 8)[1][0]
+
+    def encode(new: Tensor, basis: Tensor | None) -> Tensor:
+        return (new - basis).sum(-1, keepdim=True).mT.mul(100).to(torch.int16)
+
+    state = CodeState(10)
+    want = encode(k, k[:, :10].mean(1, keepdim=True))
+    for length in range(20, 61):  # most lengths find room in what another mode has made
+        with torch.inference_mode(length % 3 != 2):
+            coded = state.codes(k[:, :length], lambda first: first.mean(1, keepdim=True), encode)
+        assert coded.basis is not None and not coded.basis.is_inference() and not coded.codes.is_inference()
+        assert torch.equal(coded.codes, want[..., :length])
+
+
+LONG: list[tuple[str, dict[str, Any]]] = [
+    ("lsh", {}),
+    ("kmeans", {"num_probes": 3}),
+    ("scatterbrain", {"support": "lsh", "num_features": 8}),
+]
+"""Rounds whose panels are larger than 16 bits can number, and that look at what earlier ones found."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "params"), LONG, ids=lambda given: given if isinstance(given, str) else ""
+)
+def test_rows_beyond_what_a_small_integer_counts_keep_what_the_reference_keeps(
+    backend: str, params: dict[str, Any]
+) -> None:
+    q, k, v = make_inputs(1, (1, 1), 40, 33_000, 8)
+    call: dict[str, Any] = {"backend": backend, "params": params, "causal": True, "scale": 0.3}
+    got, want = attend(q, k, v, **call), attend(q, k, v, impl="reference", **call)
+    torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=0)
+    assert got.stats.pairs_kept == want.stats.pairs_kept
+    assert got.stats.kept_per_head == want.stats.kept_per_head
 
 
 def test_a_step_hashes_its_own_key_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

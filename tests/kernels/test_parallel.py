@@ -49,17 +49,26 @@ def test_calls_are_spread_where_they_are_long_and_only_there(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str]] = []
-    inner = parallel._side_by_side
+    inner = parallel.side_by_side
 
-    def watched(jobs: Any) -> Any:
+    def watched(jobs: Any, device: torch.device) -> Any:
         seen.append((len(jobs), threading.current_thread().name))
-        return inner(jobs)
+        return inner(jobs, device)
 
-    monkeypatch.setattr(parallel, "_side_by_side", watched)
+    monkeypatch.setattr(parallel, "side_by_side", watched)
     for N in (1, 200, 4096):
         q, k, v = make_inputs(1, (4, 2), N, 4096, 32)
         attend(q, k, v, backend="pages", causal=True, scale=0.2)
     assert [count for count, _ in seen] == [8]
+
+
+def test_a_thread_of_the_pool_computes_alone(two_threads: None) -> None:
+    def job() -> int:
+        torch.randn(64, 64) @ torch.randn(64, 64)
+        return torch.get_num_threads()
+
+    assert parallel.side_by_side([job] * 6, torch.device("cpu")) == [1] * 6
+    assert torch.get_num_threads() == 2
 
 
 def test_torch_keeps_its_number_of_threads_here_and_in_threads_to_come(two_threads: None) -> None:

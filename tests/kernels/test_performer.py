@@ -267,6 +267,7 @@ def test_a_constant_added_to_all_keys_changes_nothing_once_they_are_centred() ->
     q, k, v = (torch.randn(1, 2, 150, DIM, generator=generator, dtype=FP64) for _ in range(3))
     for causal in (True, False):
         common: dict[str, Any] = {"backend": "performer", "causal": causal, "scale": 0.3}
+        common["params"] = {"centre_keys": 64}
         moved = attend(q, k + 7.0, v, **common).out
         torch.testing.assert_close(moved, attend(q, k, v, **common).out, atol=1e-9, rtol=0)
 

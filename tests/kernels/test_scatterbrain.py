@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Unsupported, attend, backend_names
+from kernels import Unsupported, attend, backend_names, parallel
 from kernels.api import InvalidParams, attend_packed, parse_params
 from kernels.attention.scatterbrain import ScatterbrainParams, SupportName, support_of
 from kernels.contract import AttentionResult, Call, Segment
-from kernels.math import complement_buckets
+from kernels.math import complement_buckets, complement_difference
 from kernels.math.accumulate import accumulator
 from kernels.math.complement import features_of
 from kernels.math.complement_reference import kept_pairs
@@ -77,11 +77,14 @@ def test_the_supports_are_local_and_the_registered_backends_that_keep_pairs_with
         ({"support_params": {"window": 0}}, "support_params.window"),
         ({"support_params": {"budget": 3}}, "no such parameter; there are: sinks, window"),
         ({"support": "lsh", "support_params": {"num_buckets": 7}}, "num_buckets must be 1 or even"),
-        ({"support": "pooled", "support_params": {"remainder": "mean"}}, "remainder must be 'none'"),
-        ({"support": "topk", "support_params": {"skip": 0.1}}, "skip must be 0"),
+        (
+            {"support": "pooled", "support_params": {"remainder": "mean"}},
+            "support_params.remainder: must be 'none'",
+        ),
+        ({"support": "topk", "support_params": {"skip": 0.1}}, "support_params.skip: must be 0"),
         ({"support": "exact"}, "support"),
         ({"num_features": 7}, "must be even"),
-        ({"support_params": {"window": object()}}, "plain JSON"),
+        ({"support_params": {"window": object()}}, "support_params.window: .*valid integer"),
     ],
 )
 def test_params_are_refused_with_the_field_and_the_reason(given: dict[str, Any], told: str) -> None:
@@ -146,9 +149,9 @@ def test_no_support_is_performer_to_the_last_digits(causal: bool) -> None:
         assert got.stats.pairs_kept == want.stats.pairs_kept
 
 
-@pytest.mark.parametrize(("support", "seeds"), [("local", 3000), ("lsh", 1500)])
+@pytest.mark.parametrize(("support", "seeds", "centre_keys"), [("local", 1500, 64), ("lsh", 1000, 0)])
 def test_numerator_and_normaliser_are_unbiased_over_seeds_and_exact_on_the_support(
-    support: str, seeds: int
+    support: str, seeds: int, centre_keys: int
 ) -> None:
     """Norms of .6: with larger ones the estimate's tail is too heavy for any mean over seeds to settle."""
     n, d = 10, 8
@@ -156,28 +159,27 @@ def test_numerator_and_normaliser_are_unbiased_over_seeds_and_exact_on_the_suppo
     q, k = (0.6 * x / x.norm(dim=-1, keepdim=True) for x in (q, k))
     values = torch.cat([v[0, 0], torch.ones(n, 1)], -1)
     own = {"window": 2, "sinks": 1} | ({"cluster_size": 16} if support == "lsh" else {})
-    params = ScatterbrainParams(num_features=16, support=support, support_params=own)  # type: ignore[arg-type]
+    params = ScatterbrainParams(
+        num_features=16,
+        support=support,  # type: ignore[arg-type]
+        support_params=own,
+        centre_keys=centre_keys,
+    )
     call = Call(causal=False, scale=1.0, seed=0, layer=0, start=0)
     exact = torch.exp(q[0, 0] @ k[0, 0].mT)
+    kept = kept_pairs(q, k, params, call, support_of(params))[0, 0]
+    assert 0 < kept.sum() < n * n
     acc = accumulator(q, k, v, call)
-    sums = torch.zeros(seeds, n, d + 1, dtype=torch.float64)
-    kept = torch.zeros(n, n, dtype=torch.bool)
+    logs, shift = [], torch.zeros(())
     for seed in range(seeds):
         features = features_of(replace(acc, call=replace(call, seed=seed)), params)
-        if support == "local" or seed % 500 == 0:
-            where = replace(call, seed=seed if support == "lsh" else 0)
-            kept = kept_pairs(q, k, params, where, support_of(params))[0, 0]
-        logs = (
-            features.map.log_queries(acc.q)[0, 0, 0, :, None]
-            + features.map.log_keys(features.centred(k))[0, 0]
-        )
-        estimates = torch.exp(torch.logsumexp(logs, -1) + features.shift(acc.q)[0, 0, 0][:, None])  # type: ignore[index]
-        weights = torch.where(kept, exact, estimates)
-        assert float((weights - exact)[kept].abs().max()) < 1e-11
-        sums[seed] = weights @ values
+        rows, keys = features.map.log_queries(acc.q), features.map.log_keys(features.centred(k))
+        logs.append(rows[0, 0, 0, :, None] + keys[0, 0])
+        shift = torch.as_tensor(features.shift(acc.q))
+    estimates = torch.exp(torch.logsumexp(torch.stack(logs), -1) + shift.reshape(-1, 1))
+    sums = torch.where(kept, exact, estimates) @ values  # [seeds, n, d + 1]
     error = (sums.mean(0) - exact @ values).abs()
     standard = sums.std(0) / math.sqrt(seeds)
-    assert 0 < kept.sum() < n * n
     assert float((error / standard.clamp_min(1e-9)).max()) < 5.0
     got = load("scatterbrain").impls["torch"](q, k, v, params, call).out[0, 0]
     torch.testing.assert_close(got, sums[0, :, :-1] / sums[0, :, -1:], atol=1e-11, rtol=0)
@@ -241,7 +243,7 @@ def test_rows_summed_again_under_a_hash_are_those_that_were_subtracted(
     params = SUPPORTS[-2]
     for causal in (True, False):
         want = _attend(q, k, v, params, causal=causal, impl="reference", scale=0.1)
-        monkeypatch.setitem(complement_buckets.CANCELLATION, torch.float64, cancellation)
+        monkeypatch.setitem(complement_difference.CANCELLATION, torch.float64, cancellation)
         got = _attend(q, k, v, params, causal=causal, scale=0.1)
         torch.testing.assert_close(got.out, want.out, atol=1e-11, rtol=0)
 
@@ -262,6 +264,77 @@ def test_steps_from_kept_states_equal_the_call_that_starts_anew(params: dict[str
     kept.truncate(300)
     for a, b in ((300, 410), (410, 411)):
         torch.testing.assert_close(step(a, b, kept), step(a, b, None), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("params", [SUPPORTS[7], SUPPORTS[10], SUPPORTS[11], SUPPORTS[12]])
+@pytest.mark.parametrize("most", [0.0, 1e30])
+def test_a_decode_step_s_difference_and_its_direct_sum_equal_the_reference(
+    params: dict[str, Any], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``most`` 0 every row is summed again over what it leaves out, with 1e30 hardly one is."""
+    monkeypatch.setitem(complement_difference.CANCELLATION, torch.float64, most)
+    q, k, v = (x.double() for x in make_inputs(1, (4, 2), 420, 420, 16))
+    kept, knobs = KeptStates(), parse_params("scatterbrain", params | {"centre_keys": 20})
+    for i in (390, 391, 419):
+        call = Call(causal=True, scale=0.2, seed=3, layer=0, start=i, kept=kept)
+        rows = q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]
+        got, want = (load("scatterbrain").impls[impl](*rows, knobs, call) for impl in ("torch", "reference"))
+        torch.testing.assert_close(got.out, want.out, atol=1e-11, rtol=0)
+        assert got.dropped is not None and want.dropped is not None
+        torch.testing.assert_close(got.dropped, want.dropped, atol=1e-6, rtol=0)
+        assert got.stats.pairs_kept == want.stats.pairs_kept
+
+
+@both_directions
+def test_panels_in_fp32_and_those_made_again_in_fp64_equal_the_direct_sum(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = make_inputs(1, (1, 1), 300, 300, 24)
+    params = {"support": "lsh", "support_params": {"num_buckets": 2, "cluster_size": 512, "window": 3}}
+    want = _attend(q.double(), k.double(), v.double(), params, causal=causal, scale=1.0, seed=0)
+    made_again, repair = [], complement_buckets._taken_again
+
+    def counted(*given: Any) -> tuple[Tensor, Tensor]:
+        made_again.append(int(given[2].sum()))
+        return repair(*given)
+
+    monkeypatch.setattr(complement_buckets, "_taken_again", counted)
+    for rough in (10.0, 0.0):
+        monkeypatch.setattr(complement_buckets, "ROUGH", rough)
+        got = _attend(q, k, v, params, causal=causal, scale=1.0, seed=0)
+        torch.testing.assert_close(got.out.double(), want.out, atol=1e-5, rtol=0)
+    assert made_again[-1] > 200
+
+
+def test_a_key_that_fp32_features_do_not_reach_is_repaired() -> None:
+    """The last keys' features outweigh all others by e^100: in fp32 the others would be nothing."""
+    q, k, v = make_inputs(1, (2, 1), 200, 200, 16)
+    k[:, :, 150:] *= 0.1
+    k[:, :, :150] *= 6.0
+    for scale in (1.0, 4.0):
+        want = _attend(q.double(), k.double(), v.double(), SUPPORTS[11], scale=scale)
+        got = _attend(q, k, v, SUPPORTS[11], scale=scale)
+        torch.testing.assert_close(got.out.double(), want.out, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("params", [SUPPORTS[8], SUPPORTS[10]])
+@both_directions
+def test_a_block_support_gives_the_same_on_two_threads(
+    params: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = make_inputs(1, (2, 1), 1100, 1100, 16)
+    alone = _attend(q, k, v, params, causal=causal)
+    monkeypatch.setattr(parallel, "MIN_FLOPS", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spread = _attend(q, k, v, params, causal=causal)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(spread.out, alone.out, atol=2e-6, rtol=0)
+    assert spread.dropped is not None and alone.dropped is not None
+    torch.testing.assert_close(spread.dropped, alone.dropped, atol=2e-6, rtol=0)
+    assert spread.stats.pairs_kept == alone.stats.pairs_kept
 
 
 def test_a_local_support_decodes_from_a_state_of_constant_size() -> None:

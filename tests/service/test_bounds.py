@@ -107,6 +107,47 @@ def test_attention_params_hold_their_bounds(client: TestClient, params: dict[str
             assert answer.json()["limits"], "the bound must be told"
 
 
+@pytest.mark.parametrize(
+    ("params", "param", "limits"),
+    [
+        ({"support_params": {"window": 0}}, "support_params.window", {"ge": 1}),
+        ({"support_params": {"window": "my private text"}}, "support_params.window", {}),
+        ({"support_params": {"my private text": 1}}, "support_params.(unprintable name)", {}),
+        ({"support": "topk", "support_params": {"mass": "my private text"}}, "support_params.mass", {}),
+        ({"support": "topk", "support_params": {"mass": 0.5, "budget": 64}}, "support_params", {}),
+        ({"support": "lsh", "support_params": {"num_buckets": 7}}, "support_params", {}),
+        ({"support_params": {f"my private text {i}": i for i in range(5000)}}, "support_params", {}),
+        ({f"my private text {i}": i for i in range(5000)}, "", {}),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_support_s_params_are_refused_by_field_without_repeating_them(
+    client: TestClient, params: dict[str, Any], param: str, limits: dict[str, Any]
+) -> None:
+    spec = {"backend": "scatterbrain", "params": params}
+    answer = client.post("/v1/encode", json={**ENCODE, "attention": spec})
+    told = answer.json()
+    assert answer.status_code == 400 and told["code"] == "invalid_attention_params"
+    assert told["param"] == f"attention.params.{param}".rstrip(".")
+    assert limits.items() <= (told.get("limits") or {}).items()
+    assert len(answer.text) < 1200
+    for leaked in ("private", "Value error", "value error"):
+        assert leaked not in answer.text
+
+
+def test_an_attention_of_very_many_fields_is_refused_in_one_sentence(client: TestClient) -> None:
+    spec = {"backend": "window"} | {str(i): i for i in range(5000)}
+    answer = client.post("/v1/encode", json={**ENCODE, "attention": spec})
+    assert answer.status_code == 400 and answer.json()["param"] == "attention" and len(answer.text) < 800
+
+
+def test_the_answer_tells_a_support_s_params_with_its_defaults(client: TestClient) -> None:
+    for given in ({}, {"support_params": {"window": 256}}):
+        spec = {"backend": "scatterbrain", "params": given}
+        answer = client.post("/v1/encode", json={**ENCODE, "attention": spec}).json()
+        assert answer["attention"]["params"]["support_params"] == {"window": 256, "sinks": 4}
+
+
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, True, 1.0, "1", HUGE])
 def test_the_seed_of_an_attention_holds_its_bounds(client: TestClient, seed: Any) -> None:
     answer = client.post("/v1/encode", json={**ENCODE, "attention": {"backend": "random", "seed": seed}})

@@ -87,7 +87,7 @@ def test_leaving_in_the_middle_of_a_long_step_answers_nobody_and_frees_all() -> 
         assert server.runtime.engine.reserved_bytes > 0, "its memory is in use until the step ends"
         blocker.release.set()
         wait_for(lambda: server.runtime.engine.reserved_bytes == 0)
-        assert not model.open_states
+        wait_for(lambda: not model.open_states)
 
 
 def test_a_deadline_holds_for_what_runs_and_for_what_waits() -> None:
@@ -169,7 +169,7 @@ def test_a_stream_that_fails_later_says_so_in_an_event(path: str) -> None:
         else:
             assert blocks[-1] == "data: [DONE]"
             assert json.loads(blocks[-2].removeprefix("data: "))["error"]["code"] == "internal_error"
-        assert not model.open_states
+        wait_for(lambda: not model.open_states)
         operation = "generate" if path == "/v1/generate" else "completions"
         labels = {"model": "dec", "operation": operation, "attention": "exact"}
         text = client.get("/metrics").text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_an_engine_that_dies_answers_everybody_and_is_seen_by_the_probes() -> No
             assert answer.status_code == 503 and answer.json()["code"] == "engine_unhealthy"
         refused = server.post("/v1/generate", {"prompt": "x"})
         assert refused.status_code == 503 and "retry-after" in refused.headers
-        assert not model.open_states
+        wait_for(lambda: not model.open_states)
 
 
 def test_a_model_that_cannot_open_a_sequence_fails_that_request_alone() -> None:
@@ -128,7 +129,7 @@ def test_two_models_share_the_engine_and_both_get_turns() -> None:
 def test_a_long_prompt_lets_short_ones_decode_meanwhile() -> None:
     model = decoder(max_tokens=5000)
     with serving(model, step_tokens=256, prefill_chunk_tokens=256) as server, ThreadPoolExecutor(2) as pool:
-        short = pool.submit(server.post, "/v1/generate", {"prompt": "s", "max_new_tokens": 400})
+        short = pool.submit(server.post, "/v1/generate", {"prompt": "s", "max_new_tokens": 4000})
         wait_for(lambda: len(model.steps) > 2)
         long = pool.submit(server.post, "/v1/generate", {"prompt": "x" * 4000, "max_new_tokens": 1})
         assert long.result().status_code == short.result().status_code == 200
@@ -162,7 +163,53 @@ def test_a_backend_that_cannot_decode_is_refused_for_decode_and_allowed_for_pref
         assert refused.status_code == 400 and "cannot decode" in refused.json()["detail"]
         split = {**body, "attention": {"prefill": "window", "decode": "exact"}}
         assert client.post("/v1/generate", json=split).status_code == 200
-        scored = client.post("/v1/score", json={"input": "abc", "attention": "window"}).json()
-        assert "tile" in scored["warnings"][0]
         leak = client.post("/v1/score", json={"input": "abc", "attention": "leaky"})
         assert leak.status_code == 400 and leak.json()["code"] == "attention_not_supported"
+        assert "whole prompt" in leak.json()["detail"] and leak.json()["param"] == "attention"
+        kept = client.post(
+            "/v1/score", json={"input": "abc", "attention": {"backend": "leaky", "fallback": "exact"}}
+        )
+        assert kept.status_code == 200 and kept.json()["warnings"] == []
+        assert kept.json()["attention"]["used"] == "exact"
+        assert "whole prompt" in kept.json()["attention"]["fallback_reason"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "warned"),
+    [
+        ({"backend": "pooled"}, True),
+        ({"backend": "vertical_slash"}, True),
+        ({"backend": "scatterbrain"}, False),
+        ({"backend": "scatterbrain", "params": {"support": "lsh"}}, False),
+        ({"backend": "scatterbrain", "params": {"support": "topk"}}, True),
+        ({"backend": "window"}, False),
+    ],
+    ids=str,
+)
+def test_scores_warn_of_later_tokens_only_where_query_tiles_choose(
+    spec: dict[str, Any], warned: bool
+) -> None:
+    with in_process() as client:
+        scored = client.post("/v1/score", json={"input": "abc", "attention": spec}).json()
+        assert len(scored["warnings"]) == warned and all("tile" in told for told in scored["warnings"])
+
+
+def test_what_replaces_a_refused_choice_is_what_scores_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+    monkeypatch.setattr(type(model), "unsupported", lambda self, choice: ["it may not"])
+    with in_process(model) as client:
+        body = {"input": "abc", "attention": {"backend": "pooled", "fallback": "exact"}}
+        scored = client.post("/v1/score", json=body).json()
+        assert scored["attention"]["used"] == "exact" and scored["warnings"] == []
+
+
+def test_a_backend_without_a_causal_form_is_refused_for_that_reason_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = decoder()
+    monkeypatch.setattr(type(model), "unsupported", lambda self, choice: ["it has no causal form"])
+    with in_process(model) as client:
+        score = client.post("/v1/score", json={"input": "abc", "attention": "nystrom"}).json()
+        told = client.post("/v1/generate", json={"prompt": "x", "max_new_tokens": 2, "attention": "nystrom"})
+        for refusal in (score, told.json()):
+            assert refusal["limits"]["reasons"] == ["it has no causal form"]

@@ -11,7 +11,7 @@ from tests.kernels.oracles import Expected
 from tests.kernels.oracles.lsh import finite, keep, stream
 
 DEFAULTS = {
-    "num_clusters": 32,
+    "num_clusters": 64,
     "num_probes": 2,
     "cluster_size": 128,
     "window": 64,

@@ -145,8 +145,8 @@ def _cut(projected: np.ndarray, clusters: int) -> np.ndarray:
     n = len(projected)
     order = np.argsort(projected, kind="stable")
     cluster = np.zeros(n, int)
-    for a in range(clusters):
-        cluster[order[a * n // clusters : (a + 1) * n // clusters]] = a
+    for place, index in enumerate(order):
+        cluster[index] = int((place + 0.5) * clusters / n)
     return cluster
 
 

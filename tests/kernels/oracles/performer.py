@@ -39,7 +39,7 @@ def expected(
             of_queries = [exponents(weights, q[b, h], scale, key=False) for h in heads]
             for r in range(N):
                 seen = start + r + 1 if causal else M
-                if causal and start + r < params.get("centre_keys", 64):
+                if causal and start + r < params.get("centre_keys", 0):
                     for h in heads:
                         out[b, h, r] = _softmax(scale * (k[b, g, :seen] @ q[b, h, r])) @ v[b, g, :seen]
                         kept[b, h, r, :seen] = True
@@ -55,7 +55,7 @@ def expected(
 
 def key_centre(params: dict[str, Any], k: np.ndarray, causal: bool) -> np.ndarray:
     """What every key [M, D] of a head loses."""
-    count = params.get("centre_keys", 64)
+    count = params.get("centre_keys", 0)
     if count == 0:
         return np.zeros(k.shape[-1])
     return (k[:count] if causal else k).mean(0)

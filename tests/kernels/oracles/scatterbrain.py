@@ -72,7 +72,7 @@ def support(
         return kept
     i = start + np.arange(q.shape[2])
     begin = i // own.get("query_tile", DEFAULT_TILE) * own.get("query_tile", DEFAULT_TILE)
-    exact = (begin if name in SELECTING else i) < params.get("centre_keys", 64)
+    exact = (begin if name in SELECTING else i) < params.get("centre_keys", 0)
     visible = np.arange(k.shape[2]) <= i[:, None]
     return (kept | exact[:, None]) & visible
 
