@@ -83,6 +83,11 @@ def begin(**_: Any) -> None:
     LongDocumentUser.run_.begin()
 
 
+@events.test_stopping.add_listener
+def stop(**_: Any) -> None:
+    LongDocumentUser.run_.stop()
+
+
 @events.test_stop.add_listener
 def end(**_: Any) -> None:
     LongDocumentUser.run_.end()
@@ -112,8 +117,11 @@ class LongDocumentUser(FastHttpUser):
     run_: Run
 
     def ask(self) -> float:
-        """Send one request; returns the seconds to wait before the next."""
+        """Send one request; returns the seconds to wait before the next. Nothing once the run is stopping:
+        locust ends users that wait, and one that wakes up meanwhile would be cut off in its request."""
         run = self.run_
+        if run.stopping:
+            return FAILURE_PAUSE_S
         target, length, backend, text = run.draw(self.endpoint)
         key = Key(target.endpoint, target.model, length.name, backend)
         body = body_of(target.endpoint, target.model, text, backend, run.options.max_new_tokens)

@@ -28,6 +28,11 @@ class Run:
         self.report = Report(self.options.max_unanswered)
         self._started = time.perf_counter()
         self._ended: float | None = None
+        self.stopping = False
+
+    def stop(self) -> None:
+        """No further requests: locust is about to end its users."""
+        self.stopping = True
 
     def end(self) -> None:
         self._ended = time.perf_counter()

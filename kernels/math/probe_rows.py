@@ -67,7 +67,9 @@ def _full_lse(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Tens
     step = max(256, SCORES_AT_ONCE // lse.numel())
     for a in range(0, stop, step):
         b = min(a + step, stop)
-        scores = (q * call.scale) @ k[:, :, None, a:b].to(q.dtype).mT
+        # the rows of a group below each other: a product that is broadcast would copy the keys for each
+        scores = (q * call.scale).flatten(2, 3) @ k[:, :, a:b].to(q.dtype).mT
+        scores = torch.unflatten(scores, 2, q.shape[2:4])
         if call.causal:
             later = torch.arange(a, b, device=q.device) > positions[:, None]
             scores.masked_fill_(later, -math.inf)

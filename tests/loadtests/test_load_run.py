@@ -50,8 +50,6 @@ def calm(
             "5",
             "--api-key",
             "s3cret-key",
-            "--max-unanswered",
-            "1",  # on a busy machine locust may cut off a request that begins as the time runs out
             seconds=3,
         )
     return stub, process, report
@@ -60,8 +58,8 @@ def calm(
 def test_a_run_against_a_healthy_server_passes_and_leaves_nothing_unanswered(calm: Calm) -> None:
     _, process, report = calm
     assert process.returncode == 0, process.stdout + process.stderr
-    assert report["passed"] and report["unanswered"] <= 1
-    assert verdicts(report)["answered"] + report["unanswered"] == report["started"] > 10
+    assert report["passed"] and report["unanswered"] == 0
+    assert verdicts(report)["answered"] == report["started"] > 10
 
 
 def test_every_endpoint_length_class_and_backend_gets_its_own_row(calm: Calm) -> None:
