@@ -27,13 +27,13 @@ def add_row(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[Ints,
     computed."""
     heads, G = codes.rows.shape[:2]
     keys, rows = codes.keys.cpu().numpy(), codes.rows[..., 0].cpu().numpy()
-    look = partial(_found, tables=codes.tables, i=acc.call.start, causal=acc.call.causal, reach=reach)
+    look = partial(found_keys, tables=codes.tables, i=acc.call.start, causal=acc.call.causal, reach=reach)
     found = [look(keys[h], rows[h, g]) for h in range(heads) for g in range(G)]
     kept = np.array([len(one) for one in found])
     most = int(kept.max())
     if not most:
         return kept, 0
-    edges, drop = _padded(found, most, acc.call.start)
+    edges, drop = padded_edges(found, most, acc.call.start)
     head = torch.arange(heads, device=acc.q.device).repeat_interleave(G)
     out, lse = attend_row_edges(
         acc.q[b].flatten(0, 1),
@@ -48,7 +48,9 @@ def add_row(acc: Accumulator, b: int, codes: Codes, reach: Reach) -> tuple[Ints,
     return kept, edges.numel()
 
 
-def _found(keys: Codes16, rows: Codes16, tables: tuple[int, ...], i: int, causal: bool, reach: Reach) -> Ints:
+def found_keys(
+    keys: Codes16, rows: Codes16, tables: tuple[int, ...], i: int, causal: bool, reach: Reach
+) -> Ints:
     """Positions, ascending, that the row at i keeps through keys' codes [tables, M] and its own [rounds]."""
     if causal and i < reach.exact_rows:
         return np.empty(0, np.int64)
@@ -80,7 +82,7 @@ def _nearest(members: Ints, i: int, count: int, whole: bool) -> Ints:
     return members[max(p - -(-count // 2), 0) : p + count // 2]
 
 
-def _padded(found: list[Ints], most: int, own: int) -> tuple[Tensor, Tensor]:
+def padded_edges(found: list[Ints], most: int, own: int) -> tuple[Tensor, Tensor]:
     """Edges [rows, most] and which of them do not count. Those are the row's own key, which it keeps anyway:
     at weight 0 it spoils nothing."""
     edges = np.full((len(found), most), own)

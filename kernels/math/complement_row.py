@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.contract import Call
 from kernels.math.accumulate import Accumulator
-from kernels.math.bucket_row import _found, _padded
+from kernels.math.bucket_row import found_keys, padded_edges
 from kernels.math.buckets import Codes, Reach
 from kernels.math.complement import Features
 from kernels.math.complement_difference import CANCELLATION, Difference
@@ -65,13 +65,13 @@ def add_row_of_buckets(
     ``dropped`` [Hk, G, 1]. ``features``: fp64, of this sequence. Pairs kept and computed."""
     (_, heads, G, _, _), i = acc.q.shape, acc.call.start
     numbers = codes.keys.cpu().numpy(), codes.rows[..., 0].cpu().numpy()
-    look = partial(_found, tables=codes.tables, i=i, causal=acc.call.causal, reach=reach)
+    look = partial(found_keys, tables=codes.tables, i=i, causal=acc.call.causal, reach=reach)
     found = [look(numbers[0][h], numbers[1][h, g]) for h in range(heads) for g in range(G)]
     one, rows = _total(acc, b, features, reach)
     out, lse = acc.out[b].view(heads * G, -1), acc.lse[b].view(heads * G)
     most = max(len(keys) for keys in found)
     if most:
-        edges, drop = (x.to(acc.q.device) for x in _padded(found, most, i))
+        edges, drop = (x.to(acc.q.device) for x in padded_edges(found, most, i))
         _add_edges(acc, b, features, edges, drop, (out, lse), one, rows)
     shift = features.shift(acc.q[b : b + 1].double())
     shift = shift.reshape(-1) if isinstance(shift, Tensor) else shift

@@ -69,7 +69,7 @@ def feature_part(
     best handed over raw, with its centre: a decode step then reads only the keys that are new to it.
 
     Returns a part [B, Hk, G, N, (Dv)] that estimates sum_j e^(t <q_i, k_j - centre>) v_j, to be added to
-    ``softmax_part`` over the same centred keys. A row without such a key has log_scale -inf and zeros.
+    a softmax over the same centred keys. A row without such a key has log_scale -inf and zeros.
     Causal sums are kept in ``call.kept`` (constant size), under a key that holds the map, first and shift.
     """
     keys = _keys(k, v, centre, fmap)
