@@ -192,6 +192,15 @@ class CallShape:
     on_cpu: bool = True
 
 
+def dense_flops(params: Any, shape: CallShape) -> float:
+    """Operations of exact attention: 2 (D + Dv) for every pair of a row and a key that it may see, rows and
+    keys of the triangle at the end counted as its half."""
+    pairs = shape.num_rows * shape.num_keys
+    if shape.causal:
+        pairs -= shape.num_rows * (shape.num_rows - 1) // 2
+    return 2.0 * (shape.key_dim + shape.value_dim) * shape.num_heads * pairs
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Bytes that a call takes beyond q, k, v and what it returns."""
@@ -220,6 +229,10 @@ class Backend:
     """At least ``reference`` and ``torch``."""
     workspace: Callable[[Any, CallShape], Workspace]
     """What impl ``torch`` takes for these params and sizes: what ``models.memory`` predicts requests with."""
+    flops: Callable[[Any, CallShape], float] = dense_flops
+    """Operations of impl ``torch`` on a call of these sizes, predicted in microseconds without a tensor: score
+    elements computed (2 (D + Dv) each), logits scored to choose (2 D each), and the rest as
+    ``Stats.other_flops`` counts it. What the scheduler prices a request with."""
     conditions: str = ""
     """What the paper's theory does and does not promise here, in a sentence or two."""
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])

@@ -7,7 +7,7 @@ E model width · V vocabulary · T tokens of one packed step.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -124,6 +124,38 @@ class SequenceState(Protocol):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a new sequence will read first, and under which attention: where pages of the cache already hold a
+    beginning of it, they are taken over instead of read again. Only prompts of the same ``salt`` share."""
+
+    token_ids: Sequence[int]
+    choice: Choice
+    salt: str = ""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations predicted for a slice: of linear layers and head, and of attention."""
+
+    linear: float
+    attention: float
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """Bytes of a model's pages now: ``held`` by sequences (a shared page counts once), ``cached`` for prompts
+    that begin alike (nobody holds them), ``free`` (allocated and empty). Then counts since the model was
+    loaded: prompt tokens looked up, those found, pages evicted."""
+
+    held_bytes: int = 0
+    cached_bytes: int = 0
+    free_bytes: int = 0
+    looked_up_tokens: int = 0
+    found_tokens: int = 0
+    evicted_pages: int = 0
+
+
+@dataclass(frozen=True)
 class Slice:
     """The next ``token_ids`` of one sequence in one step, and what is wanted of them.
 
@@ -156,6 +188,19 @@ class StepResult:
 
     results: tuple[SliceResult, ...]
     peak_bytes: int | None
+
+
+class Forward(Protocol):
+    """A packed forward that can be left between layers, linear maps and query tiles, and gone on with
+    later, while other steps of the same model run in between. One thread calls everything."""
+
+    def advance(self, pause: Callable[[], bool]) -> StepResult | None:
+        """Run on until ``pause``, asked at every place where it may stop, says so (None), or to the end.
+        Raises what ``ServedModel.step`` raises; then, too, no sequence has advanced and it is over.
+        ``peak_bytes`` is None where it was ever left."""
+
+    def close(self) -> None:
+        """Give up: what it holds is freed, no sequence has advanced. Idempotent."""
 
 
 @dataclass(frozen=True)
@@ -225,15 +270,40 @@ class ServedModel(Protocol):
     def unsupported(self, choice: Choice) -> list[str]:
         """Every reason why this model cannot run this choice; [] where it can."""
 
-    def open(self, capacity: int) -> SequenceState:
-        """A new sequence with room for ``capacity`` tokens (prompt plus new ones)."""
+    def open(self, capacity: int, prompt: Prompt | None = None) -> SequenceState:
+        """A new sequence with room for ``capacity`` tokens (prompt plus new ones). Where the cache holds a
+        beginning of ``prompt``, it starts after it: its ``length`` says how many tokens it was spared, at
+        most all but the last. What it reads under the prompt's choice is then found by later prompts."""
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """How many tokens ``open`` would spare now. From any thread."""
+
+    def fork(self, sequence: SequenceState, capacity: int) -> SequenceState:
+        """A new sequence that has read what ``sequence`` has read, and goes its own way from there."""
 
     def step(self, slices: Sequence[Slice]) -> StepResult:
         """One packed forward over the next tokens of many sequences. On an exception no sequence has
         advanced."""
 
+    def begin(self, slices: Sequence[Slice]) -> Forward:
+        """As ``step``, in pieces. Refuses bad slices at once; nothing runs yet. The sequences belong to it
+        until it is over."""
+
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         """Peak bytes that a request holds at once: cache and activations, without the weights."""
+
+    def flops(self, rows: int, start: int, choice: Choice, want: Want) -> Flops:
+        """Operations of a slice of ``rows`` tokens that begins at position ``start``, predicted in
+        microseconds: what the scheduler prices steps with. From any thread."""
+
+    def limit_cached(self, max_bytes: int) -> None:
+        """Keep no more than so many bytes of pages that no sequence holds (0: none)."""
+
+    def cache_use(self) -> CacheUse:
+        """From any thread."""
+
+    def close(self) -> None:
+        """The model leaves service: cached pages are freed, no sequence is opened any more."""
 
 
 def as_json(info: ModelInfo) -> dict[str, Any]:

@@ -10,33 +10,24 @@ from torch import Tensor
 
 from kernels.registry import UnknownBackend
 from kernels.registry import load as load_backend
-from models.contract import Choice, ModelInfo, Slice, SliceResult, StepResult, Tokenizer
+from models.contract import (
+    CacheUse,
+    Choice,
+    ModelInfo,
+    Prompt,
+    SequenceState,
+    Slice,
+    SliceResult,
+    StepResult,
+    Tokenizer,
+)
 from models.errors import NonFiniteOutput
-from models.kv_cache import Cache
 from models.learned import missing
 from models.memory import estimate_bytes, watch_step
 from models.network import Network
 from models.rotary import sequence_lengths
 from models.seam import NAME, Member, Step, in_groups
-
-
-class OpenSequence:
-    """One sequence's state: tokens read so far and, for decoders, its cache."""
-
-    def __init__(self, capacity: int, cache: Cache | None) -> None:
-        self.capacity = capacity
-        self.cache = cache
-        self.length = 0
-        self.closed = False
-
-    @property
-    def held_bytes(self) -> int:
-        return self.cache.held_bytes if self.cache is not None else 0
-
-    def close(self) -> None:
-        self.closed = True
-        if self.cache is not None:
-            self.cache.close()
+from models.sequence import OpenSequence, Sequences
 
 
 class Model:
@@ -46,6 +37,7 @@ class Model:
         self._network = network
         self._info = info
         self._tokenizer = tokenizer
+        self._sequences = Sequences(network)
 
     @property
     def info(self) -> ModelInfo:
@@ -86,19 +78,36 @@ class Model:
         """The same network under another limit: what a longer document costs, whatever its quality."""
         return Model(self._network, replace(self._info, max_tokens=max_tokens), self._tokenizer)
 
-    def open(self, capacity: int) -> OpenSequence:
-        """A new sequence with room for ``capacity`` tokens. ValueError beyond the model's limit."""
+    def open(self, capacity: int, prompt: Prompt | None = None) -> OpenSequence:
+        """A new sequence with room for ``capacity`` tokens, beginning after what the cache holds of
+        ``prompt``. ValueError beyond the model's limit."""
         if not 1 <= capacity <= self._info.max_tokens:
             raise ValueError(
                 f"capacity is {capacity} tokens; {self._info.name!r} reads 1 to {self._info.max_tokens}. "
                 "Shorten the input or ask for fewer new tokens"
             )
-        network = self._network
-        if not network.plan.causal:
-            return OpenSequence(capacity, None)
-        return OpenSequence(
-            capacity, Cache(network.plan.shapes, capacity, network.body.dtype, network.device)
-        )
+        return self._sequences.open(capacity, prompt)
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """How many tokens ``open`` would spare now. From any thread."""
+        return self._sequences.cached_tokens(prompt)
+
+    def fork(self, sequence: SequenceState, capacity: int) -> OpenSequence:
+        """A new sequence that has read what ``sequence`` has read, and goes its own way from there."""
+        assert isinstance(sequence, OpenSequence), "a sequence opened by another model. This is a bug."
+        return self._sequences.fork(sequence, capacity)
+
+    def limit_cached(self, max_bytes: int) -> None:
+        """Keep no more than so many bytes of pages that no sequence holds (0: none)."""
+        self._sequences.limit_cached(max_bytes)
+
+    def cache_use(self) -> CacheUse:
+        """From any thread."""
+        return self._sequences.use()
+
+    def close(self) -> None:
+        """The model leaves service: cached pages are freed, no sequence is opened any more."""
+        self._sequences.close()
 
     def step(self, slices: Sequence[Slice]) -> StepResult:
         """One packed forward over the next tokens of many sequences.
@@ -112,7 +121,7 @@ class Model:
         peak = watch_step(self._network.device, sum(len(s.token_ids) for s in slices))
         results = run(self._network, slices)
         for s in slices:
-            _state(s).length += len(s.token_ids)
+            _state(s).read(s.token_ids, s.choice)
         return StepResult(results, peak())
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:

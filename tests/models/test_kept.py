@@ -13,7 +13,8 @@ from kernels.api import backend_names
 from kernels.registry import load as load_backend
 from models.contract import Choice, Slice
 from models.kv_cache import Cache, LayerShape
-from models.runner import Model, OpenSequence
+from models.runner import Model
+from models.sequence import OpenSequence
 from tests.models.tiny import bert, carrying, choice, close, gemma3, llama, network, random_ids, serve
 
 TOKENS = 268

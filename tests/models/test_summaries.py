@@ -11,7 +11,8 @@ from torch import Tensor
 
 from models.contract import Choice, Slice, Work
 from models.kv_cache import Cache
-from models.runner import Model, OpenSequence
+from models.runner import Model
+from models.sequence import OpenSequence
 from tests.models.tiny import FAMILIES, bert, choice, close, llama, network, random_ids, serve
 
 TOKENS = 420

@@ -19,9 +19,10 @@ from models.contract import Choice, ModelInfo, Slice
 from models.learned import FILES, read_learned
 from models.network import build_network
 from models.rotary import replace_rotary
-from models.runner import Model, OpenSequence
+from models.runner import Model
 from models.seam import NAME, register
 from models.self_test import self_test
+from models.sequence import OpenSequence
 
 VOCAB = 97
 WIDTH: dict[str, Any] = {
