@@ -6,10 +6,11 @@ Letters as in ``kernels.contract``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import pairwise
 from reprlib import Repr
 from typing import Any
 
@@ -39,6 +40,7 @@ MAX_ECHO = 200
 """Characters of what was given that a refusal repeats."""
 MAX_PROBLEMS = 5
 """Problems that a refusal tells; how many more there are is counted."""
+_NOT_RUN = Stats(0, 0, 0, 0.0, 0.0, "")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -168,26 +170,78 @@ def attend_packed(
     knobs = _parse(method, params)
     call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0, learned=learned)
     _check_call(call)
-    _check_segments(q, segments)
+    bounds = _check_segments(q, segments)
     execute = _executable(method, knobs, call, impl)
-    q = _rows_dense(q)
-    out = q.new_empty(1, q.shape[1], q.shape[2], segments[0].v.shape[-1])
-    stats: list[Stats] = []
-    dropped: list[Tensor | None] = []
+    work = _Packed(_rows_dense(q), [_dense_segment(segment) for segment in segments], bounds, call)
+    alone: Sequence[int] = range(len(segments))
     with torch.no_grad():
-        for segment in segments:
-            own = _own_call(call, segment)
-            rows = q[:, :, segment.rows]
-            result = execute(rows, _rows_dense(segment.k), _rows_dense(segment.v), knobs, own)
-            out[:, :, segment.rows] = result.out
-            stats.append(result.stats)
-            dropped.append(result.dropped)
-    return PackedResult(out, tuple(stats), tuple(dropped))
+        if method.decode is not None and causal and impl in ("auto", "torch"):
+            alone = work.decode(partial(method.decode, params=knobs, call=call))
+        for number in alone:
+            work.run(number, partial(execute, params=knobs))
+    return PackedResult(work.out, tuple(work.stats), tuple(work.dropped))
+
+
+class _Packed:
+    """A packed call while it is worked off: what has been written, and what each segment's call said.
+
+    The rows of ``out`` lie head by head next to each other in memory, which is how networks go on with
+    them."""
+
+    def __init__(
+        self, q: Tensor, segments: Sequence[Segment], bounds: Sequence[tuple[int, int]], call: Call
+    ) -> None:
+        self.q, self.segments, self.bounds, self.call = q, segments, bounds, call
+        _, num_heads, num_rows, _ = q.shape
+        self.out = q.new_empty(1, num_rows, num_heads, segments[0].v.shape[-1]).transpose(1, 2)
+        self.stats: list[Stats] = [_NOT_RUN] * len(segments)
+        self.dropped: list[Tensor | None] = [None] * len(segments)
+
+    def run(self, number: int, execute: Callable[..., AttentionResult]) -> None:
+        """One segment, by a call of its own."""
+        segment, rows = self.segments[number], slice(*self.bounds[number])
+        result = execute(self.q[:, :, rows], segment.k, segment.v, call=_own_call(self.call, segment))
+        self.out[:, :, rows] = result.out
+        self.stats[number], self.dropped[number] = result.stats, result.dropped
+
+    def decode(self, execute: Callable[[Tensor, Sequence[Segment]], PackedResult | None]) -> Sequence[int]:
+        """All segments of one row together, where that can be; the numbers of those that are left."""
+        numbers = [n for n, (first, stop) in enumerate(self.bounds) if stop == first + 1]
+        own = [self.segments[n] for n in numbers]
+        everything = range(len(self.segments))
+        if not own or any(segment.k.shape[1] != own[0].k.shape[1] for segment in own):
+            return everything
+        rows = self._rows([self.bounds[n][0] for n in numbers])
+        result = execute(self.q[:, :, rows], own)
+        if result is None:
+            return everything
+        if len(numbers) == self.q.shape[2] and isinstance(rows, slice):
+            self.out = result.out
+        else:
+            self.out[:, :, rows] = result.out
+        for n, stats, dropped in zip(numbers, result.stats, result.dropped, strict=True):
+            self.stats[n], self.dropped[n] = stats, dropped
+        decoded = set(numbers)
+        return [n for n in everything if n not in decoded]
+
+    def _rows(self, places: Sequence[int]) -> slice | Tensor:
+        """A slice where the rows follow each other."""
+        first, last = places[0], places[-1]
+        if list(places) == list(range(first, last + 1)):
+            return slice(first, last + 1)
+        return torch.tensor(places, device=self.q.device)
 
 
 def _own_call(call: Call, segment: Segment) -> Call:
-    return replace(
-        call, seed=segment.seed, start=segment.start, summaries=segment.summaries, kept=segment.kept
+    return Call(
+        causal=call.causal,
+        scale=call.scale,
+        seed=segment.seed,
+        layer=call.layer,
+        start=segment.start,
+        summaries=segment.summaries,
+        kept=segment.kept,
+        learned=call.learned,
     )
 
 
@@ -304,15 +358,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, start: int) -> None:
         raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
-def _check_segments(q: Tensor, segments: Sequence[Segment]) -> None:
+def _check_segments(q: Tensor, segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Each segment's first row and the row after its last, in the order given."""
     if q.dim() != 4 or q.shape[0] != 1:
         raise ValueError(f"packed q must be [1, heads, rows, dim], got {_shape(q)}")
     if not segments:
         raise ValueError("a packed call needs at least one segment")
-    width = segments[0].v.shape[-1]
+    width, num_rows = segments[0].v.shape[-1], q.shape[2]
+    bounds = [segment.rows.indices(num_rows) for segment in segments]
     covered = 0
-    for number, segment in enumerate(sorted(segments, key=lambda s: s.rows.start or 0)):
-        first, stop, step = segment.rows.indices(q.shape[2])
+    order = (
+        range(len(segments)) if _ascending(bounds) else sorted(range(len(segments)), key=bounds.__getitem__)
+    )
+    for number in order:
+        segment, (first, stop, step) = segments[number], bounds[number]
         if step != 1 or first != covered or stop <= first:
             raise ValueError(
                 f"segment {number} has rows {first}..{stop}, expected them to begin at {covered}"
@@ -321,13 +380,48 @@ def _check_segments(q: Tensor, segments: Sequence[Segment]) -> None:
             raise ValueError(f"segment {number}: seed must lie in 0 .. 2**63 - 1, got {segment.seed}")
         if segment.v.shape[-1] != width:
             raise ValueError(f"segment {number} has value dim {segment.v.shape[-1]}, the first has {width}")
-        try:
-            _check_tensors(q[:, :, segment.rows], segment.k, segment.v, segment.start)
-        except ValueError as error:
-            raise ValueError(f"segment {number}: {error}") from None
+        if not _fits(q, segment, stop - first):
+            try:
+                _check_tensors(q[:, :, first:stop], segment.k, segment.v, segment.start)
+            except ValueError as error:
+                raise ValueError(f"segment {number}: {error}") from None
         covered = stop
-    if covered != q.shape[2]:
-        raise ValueError(f"the segments cover {covered} rows of {q.shape[2]}")
+    if covered != num_rows:
+        raise ValueError(f"the segments cover {covered} rows of {num_rows}")
+    return [(first, stop) for first, stop, _ in bounds]
+
+
+def _ascending(bounds: Sequence[tuple[int, int, int]]) -> bool:
+    return all(one[0] <= other[0] for one, other in pairwise(bounds))
+
+
+def _fits(q: Tensor, segment: Segment, num_rows: int) -> bool:
+    """Whether ``_check_tensors`` has nothing to say, found out in a few microseconds: a decode step asks for
+    every sequence in every layer."""
+    k, v = segment.k, segment.v
+    if k.dim() != 4 or v.dim() != 4:
+        return False
+    (_, H, _, D), (one, Hk, M, key_dim), (v_one, v_heads, v_keys, Dv) = q.shape, k.shape, v.shape
+    return (
+        one == v_one == 1
+        and Hk == v_heads > 0
+        and v_keys == M
+        and key_dim == D > 0
+        and Dv > 0
+        and H > 0
+        and H % Hk == 0
+        and 0 <= segment.start <= M - num_rows
+        and k.dtype == v.dtype == q.dtype
+        and q.dtype in _FLOATS
+        and k.device == v.device == q.device
+    )
+
+
+def _dense_segment(segment: Segment) -> Segment:
+    """The segment with keys and values as ``_rows_dense`` has them."""
+    if segment.k.stride(-1) == 1 and segment.v.stride(-1) == 1:
+        return segment
+    return replace(segment, k=_rows_dense(segment.k), v=_rows_dense(segment.v))
 
 
 def _rows_dense(tensor: Tensor) -> Tensor:

@@ -176,6 +176,17 @@ class Execute(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: Any, call: Call) -> AttentionResult: ...
 
 
+class DecodeRows(Protocol):
+    """Every one-row segment of a causal packed call at once: q [1, H, S, D], whose row s belongs to
+    segments[s] (their own ``rows`` say nothing here) -> out [1, H, S, Dv] and what each segment's call would
+    have said. Segments have equally many key heads, and keys and values with a dense last dimension. None
+    where these params need one call for each."""
+
+    def __call__(
+        self, q: Tensor, segments: Sequence[Segment], params: Any, call: Call
+    ) -> PackedResult | None: ...
+
+
 @dataclass(frozen=True)
 class CallShape:
     """The sizes of one ``attend`` call before it runs: ``num_rows`` queries, the last of ``num_keys``
@@ -230,9 +241,9 @@ class Backend:
     workspace: Callable[[Any, CallShape], Workspace]
     """What impl ``torch`` takes for these params and sizes: what ``models.memory`` predicts requests with."""
     flops: Callable[[Any, CallShape], float] = dense_flops
-    """Operations of impl ``torch`` on a call of these sizes, predicted in microseconds without a tensor: score
-    elements computed (2 (D + Dv) each), logits scored to choose (2 D each), and the rest as
-    ``Stats.other_flops`` counts it. What the scheduler prices a request with."""
+    """Operations of impl ``torch`` on a call of these sizes, predicted without touching a tensor: score elements
+    computed (2 (D + Dv) each), logits scored to choose (2 D each), and the rest as ``Stats.other_flops``
+    counts it. What the scheduler prices a request with."""
     conditions: str = ""
     """What the paper's theory does and does not promise here, in a sentence or two."""
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])
@@ -240,6 +251,9 @@ class Backend:
     can."""
     select: Select | None = None
     """Only block-selecting backends have it."""
+    decode: DecodeRows | None = None
+    """Impl ``torch`` on all one-row segments of a causal packed call, for what a call for each would cost
+    beyond its arithmetic; equal to those calls within rounding. None: one call for each."""
 
 
 @dataclass(frozen=True)

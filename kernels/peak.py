@@ -62,7 +62,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, calls: int = 1) -> 
 
 def _reset_and_read() -> tuple[int, int] | None:
     """(resident bytes, file-backed ones) after giving free memory back and resetting the high-water mark."""
-    _trim()
+    give_back_free_memory()
     try:
         _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
     except OSError:
@@ -92,7 +92,8 @@ def _malloc_trim() -> object | None:
         return None
 
 
-def _trim() -> None:
+def give_back_free_memory() -> None:
+    """Return what the C allocator holds but does not use to the system, where it can be asked to."""
     trim = _malloc_trim()
     if callable(trim):
         trim(0)

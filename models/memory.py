@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from kernels.contract import CallShape, Workspace
 from kernels.math.workspace import selection_bytes
 from kernels.peak import PeakBytes
 from kernels.registry import load as load_backend
+from models.arena import PAGE_TOKENS
 from models.contract import Choice
 from models.head import ROWS_AT_ONCE
+from models.heap import largest_heap_block
 from models.plan import ModelPlan
 from models.seam import LayerPlan, window_params
 
@@ -20,16 +23,14 @@ MEASURED_FROM_TOKENS = 512
 """Below this many tokens a step's memory drowns in the allocator's noise, and measuring would cost more than
 it tells."""
 
-HEAP_FACTOR = 1.3
-"""What the allocator takes beyond live tensors: pieces of freed blocks that fit nothing else. Measured
-between 1.0 (blocks of many MB, which go back to the system at once) and 1.9."""
+HEAP_FACTOR = 2.5
+"""What blocks from the C library's heap take beyond what lives in them: holes that no aligned block fits."""
 
-WHOLE_DOCUMENT_HEAP_FACTOR = 1.8
-"""The same for an encoder's whole document on a CPU as long as its hidden states come from glibc's heap:
-1.75 to 1.97 was measured on the demo encoder at 3,000 to 7,000 tokens, 1.15 to 1.3 at 16,384."""
+SYSTEM_FACTOR = 1.15
+"""The same for large blocks, which come from the system: whole pages, and the small tensors beside them."""
 
-LARGEST_HEAP_BLOCK = 32 << 20
-"""Blocks beyond this come from the system and go back to it (glibc's highest mmap threshold)."""
+SCRATCH_BYTES = 4 << 20
+"""What the linear algebra library keeps for itself from its first large product on."""
 
 
 def watch_step(device: torch.device, num_tokens: int) -> Callable[[], int | None]:
@@ -50,10 +51,23 @@ class Sizes:
     """0 where there is no language-model head."""
     itemsize: int
     on_cpu: bool
+    mlp_blocks: int = 3
+    """Blocks of ``intermediate_size`` columns that an MLP holds at once: gate, up and their product; two
+    where nothing is gated."""
 
     @property
     def cache_bytes_per_token(self) -> int:
         return sum(shape.elements_per_token for shape in self.plan.shapes) * self.itemsize
+
+
+def mlp_blocks(body: nn.Module, widest: int) -> int:
+    """``Sizes.mlp_blocks`` of a network whose widest linear layers have ``widest`` columns: gated where two
+    of them lie side by side."""
+    for module in body.modules():
+        beside = [m for m in module.children() if isinstance(m, nn.Linear) and m.out_features == widest]
+        if len(beside) > 1:
+            return 3
+    return 2
 
 
 def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
@@ -64,21 +78,26 @@ def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, c
     Within a step the largest moment is one layer's MLP, its projections, or its attention kernel under the
     chosen backend; the residual stream stays beside it, and so do the selections (masks, drawn keys) that the
     step leaves in the kernels' caches. What earlier steps left there is not counted: those caches are bounded
-    for the whole process.
+    for the whole process. A CPU's pages count as far as they are written, other devices' as a whole.
     """
     rows = min(tokens, chunk_tokens) if sizes.plan.causal else tokens
-    cache = sizes.cache_bytes_per_token * (tokens + new_tokens) if sizes.plan.causal else 0
     calls = [_workspace(sizes, layer, choice, rows, tokens) for layer in sizes.plan.layers]
     live = _activations(sizes, rows, calls) + _head_bytes(sizes, 1 if new_tokens else rows)
-    at_the_end = [_workspace(sizes, layer, choice, 1, tokens + new_tokens) for layer in sizes.plan.layers]
-    cache += sum(call.cache_bytes for call in at_the_end) if sizes.plan.causal else 0
-    return cache + selection_bytes(calls) + int(_heap_factor(sizes, rows) * live)
+    cache = _cache_bytes(sizes, tokens + new_tokens, choice) if sizes.plan.causal else 0
+    return cache + selection_bytes(calls) + live + (SCRATCH_BYTES if sizes.on_cpu else 0)
 
 
-def _heap_factor(sizes: Sizes, rows: int) -> float:
-    from_heap = rows * sizes.hidden_size * sizes.itemsize < LARGEST_HEAP_BLOCK
-    whole = sizes.on_cpu and not sizes.plan.causal
-    return WHOLE_DOCUMENT_HEAP_FACTOR if whole and from_heap else HEAP_FACTOR
+def _cache_bytes(sizes: Sizes, tokens: int, choice: Choice) -> int:
+    """Keys and values of so many tokens, and what is kept beside them."""
+    held = tokens if sizes.on_cpu else -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
+    beside = [_workspace(sizes, layer, choice, 1, tokens).cache_bytes for layer in sizes.plan.layers]
+    return sizes.cache_bytes_per_token * held + sum(beside)
+
+
+def _taken(sizes: Sizes, live_bytes: int, block_bytes: int) -> int:
+    """Bytes that tensors of ``live_bytes`` in blocks of about ``block_bytes`` take."""
+    from_heap = sizes.on_cpu and block_bytes < largest_heap_block()
+    return int((HEAP_FACTOR if from_heap else SYSTEM_FACTOR) * live_bytes)
 
 
 def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: int) -> Workspace:
@@ -101,13 +120,19 @@ def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: 
 
 
 def _activations(sizes: Sizes, rows: int, calls: Sequence[Workspace]) -> int:
-    residual = 3 * sizes.hidden_size  # the stream, its normed copy, and the sum being formed
-    mlp = 3 * sizes.intermediate_size  # gate, up, and their product
-    moments = [rows * mlp * sizes.itemsize]
+    """The residual stream and the largest moment beside it."""
+    row = rows * sizes.itemsize
+
+    def taken(elements: int, width: int, beside_bytes: int = 0) -> int:
+        return _taken(sizes, row * elements + beside_bytes, row * width)
+
+    stream = taken(3 * sizes.hidden_size, sizes.hidden_size)  # itself, its normed copy, the sum being formed
+    moments = [taken(sizes.mlp_blocks * sizes.intermediate_size, sizes.intermediate_size)]
     for layer, call in zip(sizes.plan.layers, calls, strict=True):
-        moments.append(rows * _projected(layer) * sizes.itemsize)
-        moments.append(rows * _around_kernel(layer) * sizes.itemsize + call.live_bytes)
-    return rows * residual * sizes.itemsize + max(moments)
+        heads = layer.num_heads * layer.shape.key_dim
+        moments.append(taken(_projected(layer), heads))
+        moments.append(taken(_around_kernel(layer), heads, call.live_bytes))
+    return stream + max(moments)
 
 
 def _projected(layer: LayerPlan) -> int:
@@ -126,4 +151,5 @@ def _around_kernel(layer: LayerPlan) -> int:
 
 def _head_bytes(sizes: Sizes, rows: int) -> int:
     """Logits and their fp32 copy; a request that generates wants those of one row."""
-    return 2 * min(rows, ROWS_AT_ONCE) * sizes.vocab_size * 4
+    block = min(rows, ROWS_AT_ONCE) * sizes.vocab_size * 4
+    return _taken(sizes, 2 * block, block)

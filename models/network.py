@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.head import Head
 from models.memory import Sizes
 from models.plan import ModelPlan, body_arguments, make_plan
+from models.products import make_leavable
 from models.seam import Learned
 
 
@@ -53,6 +54,7 @@ def build_network(network: Any, max_tokens: int, position_offset: int = 0) -> Ne
 
     plan = replace(make_plan(body, max_tokens, ordinary), position_offset=position_offset)
     logits_size = 0 if output is None else int(output.weight.shape[0])
+    make_leavable(body)
     return Network(
         body=body,
         head=None if output is None else Head(network),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from kernels.registry import UnknownBackend
 from kernels.registry import load as load_backend
+from models import head as head_module
 from models.contract import (
     CacheUse,
     Choice,
+    Flops,
     ModelInfo,
     Prompt,
     SequenceState,
@@ -20,14 +23,21 @@ from models.contract import (
     SliceResult,
     StepResult,
     Tokenizer,
+    Want,
 )
 from models.errors import NonFiniteOutput
+from models.flops import predict_flops
+from models.forward import LeavableForward, Ownership, offer_to_pause, was_left
+from models.head import Head
 from models.learned import missing
 from models.memory import estimate_bytes, watch_step
 from models.network import Network
 from models.rotary import sequence_lengths
 from models.seam import NAME, Member, Step, in_groups
 from models.sequence import OpenSequence, Sequences
+
+BEGUN = "its sequence belongs to a forward that has begun"
+PRICES_KEPT = 8192
 
 
 class Model:
@@ -38,6 +48,8 @@ class Model:
         self._info = info
         self._tokenizer = tokenizer
         self._sequences = Sequences(network)
+        self._begun = Ownership()
+        self._flops = lru_cache(PRICES_KEPT)(partial(predict_flops, network))
 
     @property
     def info(self) -> ModelInfo:
@@ -95,6 +107,8 @@ class Model:
     def fork(self, sequence: SequenceState, capacity: int) -> OpenSequence:
         """A new sequence that has read what ``sequence`` has read, and goes its own way from there."""
         assert isinstance(sequence, OpenSequence), "a sequence opened by another model. This is a bug."
+        if sequence in self._begun:
+            raise ValueError(f"{BEGUN}: fork it when that is over")
         return self._sequences.fork(sequence, capacity)
 
     def limit_cached(self, max_bytes: int) -> None:
@@ -115,14 +129,26 @@ class Model:
         Raises ValueError (a slice that cannot be run, named by its index), NonFiniteOutput, or what the
         kernels raise. On any exception no sequence has advanced.
         """
-        if not slices:
-            return StepResult((), None)
-        check(slices, self._network, self._info.max_tokens)
-        peak = watch_step(self._network.device, sum(len(s.token_ids) for s in slices))
-        results = run(self._network, slices)
-        for s in slices:
-            _state(s).read(s.token_ids, s.choice)
-        return StepResult(results, peak())
+        check(slices, self._network, self._info.max_tokens, self._begun)
+        with torch.inference_mode():
+            return _step(self._network, slices)
+
+    def begin(self, slices: Sequence[Slice]) -> LeavableForward:
+        """As ``step``, in pieces: ``advance`` runs it until it is asked to stop between layers, matrix
+        products, stretches of query tiles or rows of the head.
+
+        A layer's attention is one piece where its backend summarises all keys (selection ``prompt``, or
+        ``approximates`` without a cache to go on from).
+
+        ValueError as ``step``, at once. Its sequences belong to it until it is over.
+        """
+        check(slices, self._network, self._info.max_tokens, self._begun)
+        over = self._begun.take([s.sequence for s in slices])
+        return LeavableForward(partial(_step, self._network, tuple(slices)), over)
+
+    def flops(self, rows: int, start: int, choice: Choice, want: Want) -> Flops:
+        """Operations of a slice of ``rows`` tokens from position ``start``, predicted. From any thread."""
+        return self._flops(rows, start, choice, want)
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
         """Peak bytes of one request without the weights: its cache, and the activations of its largest
@@ -135,12 +161,14 @@ def _state(s: Slice) -> OpenSequence:
     return s.sequence
 
 
-def check(slices: Sequence[Slice], network: Network, max_tokens: int) -> None:
+def check(
+    slices: Sequence[Slice], network: Network, max_tokens: int, begun: Container[SequenceState] = ()
+) -> None:
     """Refuse what cannot be run before anything is touched. ValueError naming the slice and the limit."""
     if len({id(s.sequence) for s in slices}) < len(slices):
         raise ValueError("a sequence may appear once in a step")
     for index, s in enumerate(slices):
-        reason = _refusal(s, _state(s), network, max_tokens)
+        reason = BEGUN if s.sequence in begun else _refusal(s, _state(s), network, max_tokens)
         if reason:
             raise ValueError(f"slice {index}: {reason}")
 
@@ -168,15 +196,29 @@ def _refusal(s: Slice, state: OpenSequence, network: Network, max_tokens: int) -
     return None
 
 
-@torch.inference_mode()
+def _step(network: Network, slices: Sequence[Slice]) -> StepResult:
+    """One checked step, in inference mode: its results, and its sequences advanced when it has them all."""
+    if not slices:
+        return StepResult((), None)
+    peak = watch_step(network.device, sum(len(s.token_ids) for s in slices))
+    results = run(network, slices)
+    for s in slices:
+        _state(s).read(s.token_ids, s.choice)
+    return StepResult(results, None if was_left() else peak())
+
+
 def run(network: Network, slices: Sequence[Slice]) -> tuple[SliceResult, ...]:
-    """The packed forward of one step: slices in, results in the same order; sequences are not advanced."""
+    """The packed forward of one step, in inference mode: slices in, results in the same order; sequences are
+    not advanced."""
     order = in_groups([s.choice for s in slices])
     packed = [slices[i] for i in order]
     members = _members(packed)
     step = Step(network.plan.layers, members, network.learned)
     hidden = _forward(network, packed, members, step)
     step.finish()
+    if not bool(torch.isfinite(hidden).all()):  # one look at all rows; only then, whose they are
+        for index, member in zip(order, members, strict=True):
+            _finite(index, "hidden states", hidden[member.rows])
     logits = _last_row_logits(network, order, packed, members, hidden)
     results = {
         index: _result(network, index, s, member, hidden[member.rows], logits.get(index))
@@ -231,7 +273,6 @@ def _result(
     network: Network, index: int, s: Slice, member: Member, hidden: Tensor, logits: Tensor | None
 ) -> SliceResult:
     """hidden [n, E] of one slice, and the logits of its last row if it wants them -> its result."""
-    _finite(index, "hidden states", hidden)
     work = member.work
     rows_of_logits = {"logits": 1, "scores": len(s.token_ids)}.get(s.want, 0)
     linear = 2.0 * (network.linear_params * len(s.token_ids) + network.head_params * rows_of_logits)
@@ -242,9 +283,19 @@ def _result(
     if logits is not None:
         return SliceResult(work, logits=_finite(index, "logits", logits))
     if s.want == "scores" and network.head is not None:
-        targets = torch.tensor(list(s.targets), dtype=torch.int64, device=hidden.device)
-        return SliceResult(work, scores=_finite(index, "scores", network.head.scores(hidden, targets)))
+        return SliceResult(work, scores=_finite(index, "scores", _scores(network.head, hidden, s.targets)))
     return SliceResult(work)
+
+
+def _scores(head: Head, hidden: Tensor, targets: Sequence[int]) -> Tensor:
+    """Log-likelihood [n] of ``targets``, some rows of the head at a time."""
+    told = torch.tensor(list(targets), dtype=torch.int64, device=hidden.device)
+    parts = []
+    for begin in range(0, len(told), head_module.ROWS_AT_ONCE):
+        offer_to_pause()
+        rows = slice(begin, begin + head_module.ROWS_AT_ONCE)
+        parts.append(head.scores(hidden[rows], told[rows]))
+    return torch.cat(parts)
 
 
 def _finite(index: int, what: str, values: Tensor) -> Tensor:

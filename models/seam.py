@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kernels import attend_packed
-from kernels.contract import Params, Segment, Stats
+from kernels.contract import CallShape, Params, Segment, Stats
+from kernels.math.kept import KeptStates
+from kernels.math.summaries import BlockSummaries
 from kernels.registry import load as load_backend
 from models.contract import Choice, Work
+from models.forward import can_be_left, offer_to_pause
 from models.kv_cache import Cache, LayerShape
+from models.stretches import Piece, merged, one_after_another
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,9 +61,23 @@ class LayerPlan:
     num_heads: int
     shape: LayerShape
 
-    @property
+    @cached_property
     def flops_per_pair(self) -> int:
         return 2 * (self.shape.key_dim + self.shape.value_dim)
+
+    def call_shape(self, num_rows: int, num_keys: int, itemsize: int, on_cpu: bool) -> CallShape:
+        """The sizes of its call for the last ``num_rows`` of ``num_keys`` positions."""
+        return CallShape(
+            num_rows=num_rows,
+            num_keys=num_keys,
+            num_heads=self.num_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            key_dim=self.shape.key_dim,
+            value_dim=self.shape.value_dim,
+            itemsize=itemsize,
+            causal=self.causal,
+            on_cpu=on_cpu,
+        )
 
 
 @dataclass
@@ -73,9 +91,13 @@ class Member:
     cache: Cache | None
     work: Work = field(default_factory=Work)
 
-    @property
+    @cached_property
+    def num_rows(self) -> int:
+        return int(self.rows.stop) - int(self.rows.start)
+
+    @cached_property
     def stop(self) -> int:
-        return self.start + int(self.rows.stop) - int(self.rows.start)
+        return self.start + self.num_rows
 
 
 class Context(Protocol):
@@ -132,17 +154,29 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-@dataclass(frozen=True)
 class _Group:
-    """Members that share backend and params, adjacent on the packed axis."""
+    """Members that share backend and params, adjacent on the packed axis, and how their rows are run in each
+    kind of layer."""
 
-    rows: slice
-    members: tuple[Member, ...]
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self.rows = slice(members[0].rows.start, members[-1].rows.stop)
+        self.at_once = [[Piece(member, 0, member.num_rows) for member in members]]
+        self._batches: dict[object, list[list[Piece]]] = {}
 
     @property
     def choice(self) -> Choice:
         """Any member's: they differ in their seeds alone."""
         return self.members[0].choice
+
+    def batches(self, layer: _Layer, backend: str, params: Params) -> list[list[Piece]]:
+        """What to run one after another where the forward may be left in between."""
+        plan = layer.plan
+        kind = plan.causal, plan.window, plan.num_heads, plan.shape
+        if kind not in self._batches:
+            sizes = layer.q.dtype.itemsize, layer.q.device.type == "cpu"
+            self._batches[kind] = one_after_another(self.members, plan, load_backend(backend), params, *sizes)
+        return self._batches[kind]
 
 
 def _method(member: Member) -> tuple[str, str]:
@@ -170,6 +204,16 @@ class _Layer:
     v: Tensor
     scale: float
     learned: Learned
+    can_be_left: bool
+
+    @cached_property
+    def new_keys(self) -> Tensor:
+        """k of the pack without its batch dimension: one view for all members."""
+        return self.k[0]
+
+    @cached_property
+    def new_values(self) -> Tensor:
+        return self.v[0]
 
 
 class Step:
@@ -186,8 +230,9 @@ class Step:
         self._learned = learned
         self._next = 0
         runs = [tuple(run) for _, run in groupby(members, key=_method)]
-        self._groups = [_Group(slice(run[0].rows.start, run[-1].rows.stop), run) for run in runs]
-        self._everyone = _Group(slice(0, members[-1].rows.stop), tuple(members))
+        self._groups = [_Group(run) for run in runs]
+        self._everyone = _Group(members)
+        self._can_be_left = can_be_left()
 
     def attend(
         self,
@@ -202,7 +247,8 @@ class Step:
         """q [1, H, T, D], k [1, Hk, T, D], v [1, Hk, T, Dv] -> [1, T, H, Dv]."""
         if self._next >= len(self._layers):
             raise RuntimeError("the network called attention more often than at load. This is a bug.")
-        layer = _Layer(self._next, self._layers[self._next], q, k, v, scale, self._learned)
+        plan = self._layers[self._next]
+        layer = _Layer(self._next, plan, q, k, v, scale, self._learned, self._can_be_left)
         self._next += 1
         if layer.plan.window is not None:
             return _run(layer, self._everyone, "window", window_params(layer.plan.window))
@@ -231,33 +277,97 @@ def _run_chosen(layer: _Layer, group: _Group) -> Tensor:
 
 def _run(layer: _Layer, group: _Group, backend: str, params: Params, learned: object | None = None) -> Tensor:
     """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
+    batches = group.batches(layer, backend, params) if layer.can_be_left else group.at_once
+    run = partial(_attend, layer, backend=backend, params=params, learned=learned)
+    if len(batches) == 1:
+        offer_to_pause()
+        keys = [_keys(layer, piece.member) for piece in batches[0]]
+        out, stats = run(batches[0], keys)
+        for member, each in zip(group.members, stats, strict=True):
+            _count(member.work, each, layer.plan, member.num_rows)
+        return out.contiguous()
+    return _run_in_turns(layer, group, batches, run)
+
+
+def _run_in_turns(
+    layer: _Layer,
+    group: _Group,
+    batches: Sequence[Sequence[Piece]],
+    run: Callable[[Sequence[Piece], Sequence[_Keys]], tuple[Tensor, Sequence[Stats]]],
+) -> Tensor:
+    """The same, batch by batch, with a yield point before each."""
+    first, stop = group.rows.start, group.rows.stop
+    whole = layer.q.new_empty(1, stop - first, layer.q.shape[1], layer.v.shape[-1])
+    keys: dict[int, _Keys] = {}
+    found: dict[int, list[tuple[Stats, int]]] = {}
+    for batch in batches:
+        offer_to_pause()
+        for piece in batch:
+            row = piece.member.rows.start
+            if row not in keys:
+                keys[row] = _keys(layer, piece.member, shared=not piece.whole)
+        out, stats = run(batch, [keys[piece.member.rows.start] for piece in batch])
+        begin = batch[0].member.rows.start + batch[0].begin - first
+        whole[:, begin : begin + out.shape[1]] = out
+        for piece, each in zip(batch, stats, strict=True):
+            found.setdefault(piece.member.rows.start, []).append((each, piece.end - piece.begin))
+    for member in group.members:
+        _count(member.work, merged(found[member.rows.start]), layer.plan, member.num_rows)
+    return whole
+
+
+def _attend(
+    layer: _Layer,
+    pieces: Sequence[Piece],
+    keys: Sequence[_Keys],
+    *,
+    backend: str,
+    params: Params,
+    learned: object | None,
+) -> tuple[Tensor, Sequence[Stats]]:
+    """Adjacent pieces of the packed axis in one call: [1, rows, H, Dv], a view, and their stats."""
+    begin = pieces[0].member.rows.start + pieces[0].begin
+    stop = pieces[-1].member.rows.start + pieces[-1].end
+    plan = layer.plan
     result = attend_packed(
-        layer.q[:, :, group.rows],
-        [_segment(layer, member, group.rows.start) for member in group.members],
+        layer.q[:, :, begin:stop],
+        [_segment(plan, piece, of, begin) for piece, of in zip(pieces, keys, strict=True)],
         backend=backend,
         params=params,
-        causal=layer.plan.causal,
+        causal=plan.causal,
         scale=layer.scale,
-        layer=layer.plan.ordinal,
+        layer=plan.ordinal,
         learned=learned,
     )
-    for member, stats in zip(group.members, result.stats, strict=True):
-        _count(member.work, stats, layer.plan, member.stop - member.start)
-    return result.out.transpose(1, 2).contiguous()
+    return result.out.transpose(1, 2), result.stats
 
 
-def _segment(layer: _Layer, member: Member, begin: int) -> Segment:
-    """A member's rows, counted from the group's first, and its keys: its cache's once the new ones are in
-    it."""
-    rows = slice(member.rows.start - begin, member.rows.stop - begin)
-    keys, values = layer.k[:, :, member.rows], layer.v[:, :, member.rows]
-    summaries = kept = None
-    if member.cache is not None:
-        member.cache.write(layer.index, member.start, keys[0], values[0])
-        keys, values = member.cache.keys_values(layer.index, member.stop)
-        summaries = member.cache.summaries(layer.index)
-        kept = member.cache.kept(layer.index, _owner(layer.plan, member.choice))
-    return Segment(rows, keys, values, member.start, member.choice.seed, summaries, kept)
+_Keys = tuple["Tensor", "Tensor", BlockSummaries | None, KeptStates | None]
+
+
+def _keys(layer: _Layer, member: Member, shared: bool = False) -> _Keys:
+    """A member's keys and values [1, Hk, M, D or Dv], its cache's once the new ones are in it, and what is
+    known of them. ``shared``: several calls will read them, which one summary serves."""
+    cache, rows = member.cache, member.rows
+    if cache is None:
+        known = BlockSummaries(member.num_rows) if shared else None
+        return layer.k[:, :, rows], layer.v[:, :, rows], known, None
+    cache.write(layer.index, member.start, layer.new_keys[:, rows], layer.new_values[:, rows])
+    keys, values = cache.keys_values(layer.index, member.stop)
+    kept = cache.kept(layer.index, _owner(layer.plan, member.choice))
+    return keys, values, cache.summaries(layer.index), kept
+
+
+def _segment(plan: LayerPlan, piece: Piece, of: _Keys, begin: int) -> Segment:
+    """A piece's rows, counted from the call's first, and the keys that they may see."""
+    member = piece.member
+    first = member.rows.start - begin
+    keys, values, summaries, kept = of
+    stop = member.start + piece.end
+    if plan.causal and stop < keys.shape[2]:
+        keys, values = keys[:, :, :stop], values[:, :, :stop]
+    rows, start = slice(first + piece.begin, first + piece.end), member.start + piece.begin
+    return Segment(rows, keys, values, start, member.choice.seed, summaries, kept)
 
 
 def _owner(layer: LayerPlan, choice: Choice) -> tuple[object, int]:

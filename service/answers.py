@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from models.contract import Choice as AttentionChoice
 from models.contract import Work
 from service.attention import Chosen
 from service.jobs import Job
@@ -18,7 +19,7 @@ class Usage(BaseModel):
     prompt_tokens: int = Field(description="tokens processed, after any truncation")
     completion_tokens: int = 0
     total_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = Field(0, description="prompt tokens that were taken from the cache instead of read")
 
 
 class AttentionUsed(BaseModel):
@@ -155,14 +156,20 @@ class Attended:
         return cls(chosen, chosen)
 
     @property
+    def choices(self) -> tuple[AttentionChoice, AttentionChoice]:
+        return self.prefill.choice, self.decode.choice
+
+    @property
     def label(self) -> str:
         return self.prefill.choice.backend
 
 
 def usage_of(record: Record) -> Usage:
-    total = record.input_tokens + record.output_tokens
     return Usage(
-        prompt_tokens=record.input_tokens, completion_tokens=record.output_tokens, total_tokens=total
+        prompt_tokens=record.input_tokens,
+        completion_tokens=record.output_tokens,
+        total_tokens=record.input_tokens + record.output_tokens,
+        cached_tokens=record.cached_tokens,
     )
 
 

@@ -13,14 +13,27 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.contract import ServedModel
-from service import problems
+from service import problems, watchdog
+from service.fleet import Load
 from service.gate import Gate
-from service.routes import encode, generate, health, info, openai_embeddings, openai_text, score
+from service.loading import load_models
+from service.routes import (
+    admin,
+    encode,
+    estimate,
+    generate,
+    health,
+    info,
+    openai_embeddings,
+    openai_text,
+    score,
+)
 from service.runtime import Runtime
 from service.settings import Settings, resolved
 
 LAG_PROBE_S = 0.5
-ROUTERS = (encode, generate, score, openai_embeddings, openai_text, info, health)
+LOOKS_PER_WATCHDOG = 8
+ROUTERS = (encode, generate, score, estimate, openai_embeddings, openai_text, info, health)
 
 Start = Callable[[Runtime], Awaitable[None]]
 
@@ -31,9 +44,11 @@ def create_app(
     *,
     clock: Callable[[], float] = time.monotonic,
     start: Start | None = None,
+    load: Load = load_models,
 ) -> FastAPI:
     """The service over ``models``, ready at once; or over what ``start`` loads while the port is already
-    open. ConfigError where the settings' device is not there."""
+    open. ``load`` loads further ones where the settings allow it. ConfigError where the settings' device is
+    not there."""
     settings = resolved(settings)
     runtime = Runtime(settings, clock)
     app = FastAPI(
@@ -45,8 +60,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.runtime = runtime
-    for module in ROUTERS:
+    app.state.runtime, app.state.load = runtime, load
+    for module in (*ROUTERS, *((admin,) if settings.admin else ())):
         app.include_router(module.router)
     problems.install(app)
     app.add_middleware(Gate, runtime=runtime)
@@ -66,7 +81,9 @@ def _lifespan(runtime: Runtime, models: Mapping[str, ServedModel] | None, start:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runtime.start()
+        look_s = runtime.settings.watchdog_s / LOOKS_PER_WATCHDOG
         tasks = [asyncio.create_task(_probe_lag(runtime))]
+        tasks.append(asyncio.create_task(watchdog.watch(runtime.engine, look_s)))
         if models is not None:
             runtime.add_models(models)
             runtime.set_phase("ready")

@@ -20,6 +20,7 @@ from service.errors import ApiError, invalid
 from service.validation import first_problem, shown_name
 
 MAX_SEED = (1 << 63) - 1
+MAX_SPECS = 32
 NOT_YET = ("auto", "verify")
 _FIELDS = ("backend", "params", "fallback", "seed")
 
@@ -91,13 +92,23 @@ def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
     return Spec(backend, params, envelope.fallback, used_seed, path)
 
 
-def parse_pair(raw: object, *, seed: int = 0) -> SpecPair:
+def parse_pair(raw: object, *, path: str = "attention", seed: int = 0) -> SpecPair:
     """As ``parse``; ``{"prefill": spec, "decode": spec}`` names them apart (a missing one is exact)."""
     if isinstance(raw, Mapping) and raw and set(raw) <= {"prefill", "decode"}:
-        prefill = parse(raw.get("prefill"), path="attention.prefill", seed=seed)
-        return SpecPair(prefill, parse(raw.get("decode"), path="attention.decode", seed=seed), split=True)
-    spec = parse(raw, seed=seed)
+        prefill = parse(raw.get("prefill"), path=f"{path}.prefill", seed=seed)
+        return SpecPair(prefill, parse(raw.get("decode"), path=f"{path}.decode", seed=seed), split=True)
+    spec = parse(raw, path=path, seed=seed)
     return SpecPair(spec, spec, split=False)
+
+
+def parse_list(raw: object) -> list[SpecPair]:
+    """As ``parse_pair``, for one or a list of up to ``MAX_SPECS``; errors name ``attention[i]``."""
+    if not isinstance(raw, list):
+        return [parse_pair(raw)]
+    if not 1 <= len(raw) <= MAX_SPECS:
+        detail = f"attention has {len(raw):,} entries; a list of them has 1 to {MAX_SPECS}"
+        raise invalid(detail, "attention", min_length=1, max_length=MAX_SPECS)
+    return [parse_pair(each, path=f"attention[{i}]") for i, each in enumerate(raw)]
 
 
 def choose(spec: Spec, model: ServedModel, *, decodes: bool = False, scores: bool = False) -> Chosen:

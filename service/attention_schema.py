@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 from pydantic_core import CoreSchema, core_schema
 
 from kernels.registry import BACKENDS, load
-from service.attention import MAX_SEED
+from service.attention import MAX_SEED, MAX_SPECS
 
 _ClosedModel = ConfigDict(extra="forbid")
 
@@ -39,6 +39,13 @@ def documented_spec_or_pair() -> Any:
         decode=(spec, "exact"),
     )
     return spec | pair
+
+
+@cache
+def documented_spec_or_pair_or_list() -> Any:
+    one = documented_spec_or_pair()
+    several: Any = list.__class_getitem__(one)
+    return one | Annotated[several, Field(min_length=1, max_length=MAX_SPECS)]
 
 
 def _spec_model(name: str) -> type[BaseModel]:
@@ -79,3 +86,11 @@ class AttentionSpecOrPair(AttentionSpec):
     @classmethod
     def documented(cls) -> Any:
         return documented_spec_or_pair()
+
+
+class AttentionSpecOrPairOrList(AttentionSpec):
+    """A spec or a pair, or several to compare."""
+
+    @classmethod
+    def documented(cls) -> Any:
+        return documented_spec_or_pair_or_list()

@@ -1,37 +1,31 @@
-"""One thread that runs steps: schedule -> model.step -> deliver. The event loop submits and cancels.
+"""One thread that runs steps: close what ended -> schedule -> run. The event loop submits and cancels.
 
-Everything that both sides touch is guarded by one condition; the lock is not held while a step runs.
-Sequences are opened, stepped and closed by the engine thread alone. An exception in a step with several
-sequences runs each of them once more alone, so that only the guilty request fails."""
+What both sides touch is in the roster and guarded by its condition; the lock is not held while a step runs.
+Sequences are opened, stepped and closed by the engine thread alone."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from models.contract import ServedModel, Slice, SliceResult
+from service.cost import CostModel
 from service.errors import ApiError, internal
-from service.failures import failure_of, refusal_of
-from service.jobs import Event, Job
+from service.failures import refusal_of
+from service.heartbeat import Heartbeat
+from service.jobs import Job
 from service.logs import log_failure
-from service.scheduler import CHUNK_MULTIPLE, Entry, Limits, Rejected, Scheduler, Step
-from service.sequences import Sequence
+from service.pricing import Entries
+from service.roster import Roster
+from service.running import Steps, StepSeen
+from service.schedule import Limits, Rejected, Step
+from service.scheduler import Scheduler
+
+__all__ = ["Engine", "Load", "StepSeen"]
 
 log = logging.getLogger("longreach.engine")
-
-
-@dataclass(frozen=True)
-class StepSeen:
-    """What a step was, for metrics."""
-
-    model: str
-    requests: int
-    tokens: int
-    seconds: float
+WATCHDOG_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -43,30 +37,28 @@ class Load:
     running_requests: int
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One sequence in one step."""
-
-    job: Job
-    sequence: Sequence
-    entry: Entry
-    tokens: int
-    slice: Slice
-
-
 class Engine:
+    """``costs`` prices what is submitted and learns from every step; a step without a sign of life for
+    ``watchdog_s`` has stalled."""
+
     def __init__(
-        self, limits: Limits, clock: Callable[[], float], observe: Callable[[StepSeen], None]
+        self,
+        limits: Limits,
+        clock: Callable[[], float],
+        observe: Callable[[StepSeen], None],
+        costs: CostModel | None = None,
+        watchdog_s: float = WATCHDOG_S,
     ) -> None:
         self.clock = clock
-        self._observe = observe
-        self._scheduler = Scheduler(limits)
-        self._limits = limits
-        self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}
-        self._owners: dict[int, tuple[Job, Sequence]] = {}
-        self._closing: list[Sequence] = []
-        self._keys = itertools.count()
+        self.costs = costs if costs is not None else CostModel()
+        self.given_up = False
+        """The watchdog has given up the step that runs, and nothing has been heard of it since."""
+        self._watchdog_s = watchdog_s
+        self._scheduler = Scheduler(limits, self.costs.fixed_ms)
+        self._roster = Roster(self._scheduler, Entries(self.costs), clock)
+        self._heartbeat = Heartbeat(clock)
+        self._steps = Steps(self._roster, self.costs, self._heartbeat, clock, observe)
+        self._changed = self._roster.changed
         self._stopping = False
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="longreach-engine", daemon=True)
@@ -75,13 +67,12 @@ class Engine:
         self._thread.start()
 
     def abort(self) -> None:
-        """Fail what is unfinished with ``draining`` and end the thread after its current step. Does not
-        wait."""
+        """Fail what is unfinished with ``draining`` and end the thread after its current step, a long one
+        where it may be left next. Does not wait."""
         with self._changed:
             self._stopping = True
-            self._fail_all(
-                ApiError("draining", "The server stopped before this request was done; send it again.")
-            )
+            detail = "The server stopped before this request was done; send it again."
+            self._roster.end_all(ApiError("draining", detail))
             self._changed.notify_all()
 
     def stop(self, timeout_s: float = 10.0) -> bool:
@@ -93,7 +84,31 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._failed
+        return self._thread.is_alive() and not self._failed and not self.given_up
+
+    @property
+    def thread_id(self) -> int | None:
+        return self._thread.ident
+
+    def heartbeat_age(self, now: float | None = None) -> float:
+        """Seconds since the step that runs gave a sign of life; 0 where none runs."""
+        return self._heartbeat.age(self.clock() if now is None else now)
+
+    @property
+    def stalled(self) -> bool:
+        """A step has run for longer than ``watchdog_s`` without a sign of life."""
+        return self._thread.is_alive() and self.heartbeat_age() > self._watchdog_s
+
+    def give_up(self) -> None:
+        """Fail what is unfinished and take no work until ``take_back``: the step that runs has stalled."""
+        with self._changed:
+            self.given_up = True
+            self._roster.end_all(_stalled())
+
+    def take_back(self) -> None:
+        """The step that had stalled goes on or has ended."""
+        with self._changed:
+            self.given_up = False
 
     def check_room(self, requests: int = 1) -> None:
         """429 where the queue has no room for ``requests`` more: asked before a request is tokenised."""
@@ -101,40 +116,44 @@ class Engine:
             self._reject(lambda: self._scheduler.check_room(requests))
 
     def submit(self, job: Job) -> None:
-        """Queue a request, or ApiError (429, 413, 503)."""
+        """Queue a request, or ApiError (429, 413, 503). A long step that runs sees it where it may be left
+        next."""
+        entries = self._roster.entries_of(job)
         with self._changed:
             if self._stopping:
                 raise ApiError("draining", "The server is shutting down; try again elsewhere or later.")
+            if self.given_up:
+                raise _stalled()
             if not self.healthy:
                 raise ApiError(
                     "engine_unhealthy", "The engine has stopped after a failure; restart the server."
                 )
-            entries = [self._entry(job, sequence) for sequence in job.sequences]
-            self._reject(lambda: self._admit(job, entries), job)
-            self._jobs[job.id] = job
-            for entry, sequence in zip(entries, job.sequences, strict=True):
-                self._owners[entry.key] = (job, sequence)
-            job.times.submitted = self.clock()
-            self._changed.notify_all()
+            self._reject(lambda: self._roster.admit(job, entries), job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this request any more: it leaves before the next step. Idempotent."""
+        gone = ApiError("client_closed_request", "The client closed the request.", stage=job.stage)
         with self._changed:
-            self._end(
-                job, ApiError("client_closed_request", "The client closed the request.", stage=job.stage)
-            )
+            self._roster.end(job, gone)
 
     def expire(self) -> None:
         """Fail every request whose deadline has passed. The only place where deadlines are judged."""
         with self._changed:
             for job_id, stage in self._scheduler.expired(self.clock()):
                 detail = f"The request's deadline passed while it was {stage}; raise timeout_ms or send less."
-                self._end(self._jobs[job_id], ApiError("deadline_exceeded", detail, stage=stage))
+                self._roster.end(
+                    self._roster.jobs[job_id], ApiError("deadline_exceeded", detail, stage=stage)
+                )
 
     def load(self, model: str) -> Load:
         with self._changed:
             requests, tokens = self._scheduler.waiting(model)
             return Load(requests, tokens, self._scheduler.running(model))
+
+    def waiting_ms(self) -> float:
+        """Predicted ms of work that waits."""
+        with self._changed:
+            return self._scheduler.waiting_ms()
 
     @property
     def reserved_bytes(self) -> int:
@@ -144,29 +163,18 @@ class Engine:
     @property
     def num_jobs(self) -> int:
         """Requests that have not ended."""
-        return len(self._jobs)
+        return len(self._roster.jobs)
 
-    def _entry(self, job: Job, sequence: Sequence) -> Entry:
-        sequence.entry = Entry(
-            key=next(self._keys),
-            job=job.id,
-            model=job.model.info.name,
-            tokens=sequence.prompt_tokens,
-            chunkable=sequence.chunkable,
-            bytes=sequence.estimated_bytes,
-            deadline=job.deadline,
-            queue_deadline=job.queue_deadline,
-            chunk_multiple=max(CHUNK_MULTIPLE, sequence.choice.params.chunk_multiple()),
-        )
-        return sequence.entry
+    def has_work(self, model: str) -> bool:
+        """Whether anything of this model runs, waits or is still open: until it is False the model must not
+        be closed, and no request of it may be submitted meanwhile."""
+        with self._changed:
+            return self._roster.has_work(model) or self._steps.has_begun(model)
 
-    def _admit(self, job: Job, entries: list[Entry]) -> None:
-        """Queue the request, or Rejected: its last input must still fit beside what the others leave."""
-        outputs = sum(sequence.output_bytes for sequence in job.sequences)
-        needed = outputs + max(s.estimated_bytes - s.output_bytes for s in job.sequences)
-        if needed > self._limits.memory_bytes:
-            raise Rejected("never_fits", value=needed, limit=self._limits.memory_bytes)
-        self._scheduler.admit(entries)
+    def remove_model(self, model: str) -> None:
+        """The model has left service: forget the time it used."""
+        with self._changed:
+            self._scheduler.remove_model(model)
 
     def _reject(self, admit: Callable[[], None], job: Job | None = None) -> None:
         try:
@@ -176,153 +184,40 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (step := self._next_step()) is not None:
-                self._run_step(step)
+            while self._run_next():
+                pass
         except BaseException as error:
             self._failed = True
             log_failure(log, "the engine thread failed", error)
             with self._changed:
-                self._fail_all(internal())
+                self._roster.end_all(internal())
         finally:
             with self._changed:
-                self._close_ended()
+                self._steps.give_up(everything=True)
+                self._roster.close_ended(())
+
+    def _run_next(self) -> bool:
+        """Wait for a step and run it; False when the engine stops. Nothing of it is held while waiting for
+        the next: an unloaded model must be free to go."""
+        step = self._next_step()
+        if step is not None:
+            self._steps.run(step)
+        return step is not None
 
     def _next_step(self) -> Step | None:
         """Wait for work; None when the engine stops."""
         with self._changed:
             while True:
-                self._close_ended()
+                self._steps.give_up()
+                self._roster.close_ended(self._steps.held)
                 if self._stopping:
                     return None
-                step = self._scheduler.plan()
+                step = self._scheduler.plan(self.clock())
                 if step is not None:
                     return step
                 self._changed.wait()
 
-    def _run_step(self, step: Step) -> None:
-        started = self.clock()
-        parts = [
-            part for entry, tokens in step.parts if (part := self._open(entry, tokens, started)) is not None
-        ]
-        if not parts:
-            return
-        jobs = {part.job for part in parts}
-        held_before = {job: job.held_bytes for job in jobs}
-        results, peak_bytes = self._forward(parts)
-        now = self.clock()
-        with self._changed:
-            self._scheduler.advance(step, now - started)
-        for job in jobs:
-            job.batch_requests = max(job.batch_requests, len(jobs))
-            job.batch_tokens = max(job.batch_tokens, step.tokens)
-            job.memory.note(held_before[job], job.held_bytes, peak_bytes, shared=len(jobs) > 1)
-        for part, result in zip(parts, results, strict=True):
-            self._deliver(part, result, now)
-        self._observe(StepSeen(step.model, len(jobs), step.tokens, now - started))
 
-    def _open(self, entry: Entry, tokens: int, now: float) -> _Part | None:
-        job, sequence = self._owners[entry.key]
-        if job.ended:
-            return None
-        if job.times.first_step is None:
-            job.times.first_step = now
-        try:
-            if sequence.state is None:
-                sequence.state = job.model.open(sequence.capacity)
-            return _Part(job, sequence, entry, tokens, sequence.next_slice(sequence.state, tokens))
-        except Exception as error:
-            self._fail(job, error)
-            return None
-
-    def _forward(self, parts: list[_Part]) -> tuple[Items[SliceResult | Exception], int | None]:
-        model = parts[0].job.model
-        try:
-            step = model.step([part.slice for part in parts])
-            return step.results, step.peak_bytes
-        except Exception as error:
-            if len(parts) == 1:
-                return [error], None
-            log.warning(
-                "a step of %d sequences failed (%s); running each alone", len(parts), type(error).__name__
-            )
-            return [self._alone(model, part) for part in parts], None
-
-    def _alone(self, model: ServedModel, part: _Part) -> SliceResult | Exception:
-        if part.job.ended:
-            return internal()
-        try:
-            return model.step([part.slice]).results[0]
-        except Exception as error:
-            return error
-
-    def _deliver(self, part: _Part, result: SliceResult | Exception, now: float) -> None:
-        job, sequence, entry = part.job, part.sequence, part.entry
-        if job.ended:
-            return
-        if isinstance(result, Exception):
-            self._fail(job, result)
-            return
-        try:
-            token = sequence.accept(result, entry.read)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        if token is not None:
-            entry.decoding = True
-            job.note_token(now)
-            if job.stream:
-                job.channel.put([token])
-        if sequence.finished:
-            self._finish_sequence(job, sequence, entry)
-
-    def _finish_sequence(self, job: Job, sequence: Sequence, entry: Entry) -> None:
-        sequence.close()
-        with self._changed:
-            self._scheduler.release(entry)
-            self._owners.pop(entry.key, None)
-            if job.complete:
-                self._end(job, None)
-            else:
-                _hand_on(job, sequence)
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        log_failure(log, f"request {job.id} failed", error)
-        with self._changed:
-            self._end(job, failure_of(error, job))
-
-    def _fail_all(self, error: ApiError) -> None:
-        for job in list(self._jobs.values()):
-            self._end(job, error)
-
-    def _end(self, job: Job, error: ApiError | None) -> None:
-        """The one way a request ends. Its caches are freed by the engine thread before the next step."""
-        if job.ended:
-            return
-        job.ended, job.error, job.times.ended = True, error, self.clock()
-        self._jobs.pop(job.id, None)
-        self._scheduler.drop(job.id)
-        self._closing.extend(job.sequences)
-        self._changed.notify_all()
-        event: Event = error
-        job.channel.put([event])
-
-    def _close_ended(self) -> None:
-        for sequence in self._closing:
-            sequence.close()
-            if sequence.entry is not None:
-                self._scheduler.release(sequence.entry)
-                self._owners.pop(sequence.entry.key, None)
-        self._closing.clear()
-
-
-def _hand_on(job: Job, sequence: Sequence) -> None:
-    """What a finished input leaves for the answer stays reserved: an input that is not done answers for it,
-    one that runs before one that waits."""
-    if not sequence.output_bytes:
-        return
-    pending = [other for other in job.sequences if not other.finished]
-    heir = next((other for other in pending if other.state is not None), pending[0])
-    heir.output_bytes += sequence.output_bytes
-    if heir.entry is not None:
-        heir.entry.bytes += sequence.output_bytes
-    sequence.output_bytes = 0
+def _stalled() -> ApiError:
+    detail = "The engine has stalled in a step; nothing is served until it goes on. Try again later."
+    return ApiError("engine_unhealthy", detail)

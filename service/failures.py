@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from models.errors import NonFiniteOutput
 from service.errors import ApiError, internal
-from service.jobs import Job
-from service.scheduler import Rejected
+from service.jobs import Job, groups_of
+from service.schedule import Rejected
 
 
 def failure_of(error: Exception, job: Job) -> ApiError:
@@ -22,16 +22,7 @@ def failure_of(error: Exception, job: Job) -> ApiError:
 def refusal_of(error: Rejected, job: Job | None) -> ApiError:
     """The scheduler's refusal, with the numbers and the way out."""
     if error.reason == "never_fits" and job is not None:
-        largest = max(job.sequences, key=lambda sequence: sequence.estimated_bytes)
-        estimated = error.value  # with what the other inputs leave for the answer
-        exact = largest.exact_bytes + estimated - largest.estimated_bytes
-        detail = (
-            f"This request needs about {error.value:,} bytes at once with the attention asked for "
-            f"({exact:,} with 'exact'); requests may hold {error.limit:,} (memory_limit_bytes). "
-            "Send a shorter input, fewer new tokens, or raise the limit."
-        )
-        limits = {"estimated_bytes": estimated, "exact_bytes": exact, "memory_limit_bytes": error.limit}
-        return ApiError("never_fits_memory", detail, limits=limits)
+        return _never_fits(error, job)
     if error.reason == "too_many_tokens":
         detail = (
             f"The request has {error.value:,} tokens; the queue holds {error.limit:,}. Send fewer inputs."
@@ -39,9 +30,37 @@ def refusal_of(error: Rejected, job: Job | None) -> ApiError:
         return ApiError(
             "body_too_large", detail, limits={"tokens": error.value, "max_queue_tokens": error.limit}
         )
-    code = "queue_full" if error.reason == "queue_full" else "token_budget_exhausted"
-    what = "requests" if error.reason == "queue_full" else "tokens"
-    detail = f"{error.value:,} {what} are waiting; the limit is {error.limit:,}. Come back after Retry-After."
-    return ApiError(
-        code, detail, limits={f"max_queue_{what}": error.limit}, retry_after_s=error.retry_after_s
+    if error.reason == "too_many_places":
+        detail = (
+            f"{error.value:,} choices of one prompt decode together; the server holds {error.limit:,} "
+            "sequences at once (max_running). Ask for fewer choices."
+        )
+        return ApiError("body_too_large", detail, limits={"n": error.value, "max_running": error.limit})
+    return _no_room(error)
+
+
+def _never_fits(error: Rejected, job: Job) -> ApiError:
+    largest = max(groups_of(job), key=lambda group: sum(sequence.estimated_bytes for sequence in group))
+    estimated = error.value  # with what the other inputs leave for the answer
+    exact = estimated + sum(sequence.exact_bytes - sequence.estimated_bytes for sequence in largest)
+    detail = (
+        f"This request needs about {estimated:,} bytes at once with the attention asked for "
+        f"({exact:,} with 'exact'); requests may hold {error.limit:,} (memory_limit_bytes). "
+        "Send a shorter input, fewer new tokens, or raise the limit."
     )
+    limits = {"estimated_bytes": estimated, "exact_bytes": exact, "memory_limit_bytes": error.limit}
+    return ApiError("never_fits_memory", detail, limits=limits)
+
+
+def _no_room(error: Rejected) -> ApiError:
+    """429: the queue is full of requests, of tokens or of predicted work."""
+    code, what, name = {
+        "queue_full": ("queue_full", "requests", "max_queue_requests"),
+        "token_budget": ("token_budget_exhausted", "tokens", "max_queue_tokens"),
+        "cost_budget": ("cost_budget_exhausted", "seconds of work", "max_queue_seconds"),
+    }[error.reason]
+    value, limit = error.value, error.limit
+    if error.reason == "cost_budget":
+        value, limit = round(value / 1e3), round(limit / 1e3)
+    detail = f"{value:,} {what} are waiting; the limit is {limit:,}. Come back after Retry-After."
+    return ApiError(code, detail, limits={name: limit}, retry_after_s=error.retry_after_s)

@@ -10,13 +10,14 @@ import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from models.contract import Choice, ServedModel, Task
+from models.contract import ServedModel, Task
 from service.answers import Attended, attention_of
 from service.attention import exact_choice
 from service.errors import ApiError
@@ -25,11 +26,21 @@ from service.record import Record
 from service.report import observe_job
 from service.runtime import Runtime
 from service.sequences import Sequence, TokenOut
+from service.sizes import sequence_bytes, with_way_out
 
 T = TypeVar("T")
 FP32_BYTES = 4
 LARGE_ANSWER_VALUES = 4096
 """Numbers beyond which an answer is written in a worker thread."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says about how it is run, whatever its route."""
+
+    timeout_ms: int | None = None
+    priority: int = 0
+    stream: bool = False
 
 
 class Flow:
@@ -39,7 +50,7 @@ class Flow:
         self.record: Record = request.scope["state"]["record"]
         self.loop = asyncio.get_running_loop()
 
-    def begin(self, name: str | None, task: Task) -> ServedModel:
+    def begin(self, name: str | None, task: Task | None) -> ServedModel:
         """The model, if the server takes work at all."""
         self.runtime.check_open()
         model = self.runtime.model(name, task)
@@ -75,25 +86,28 @@ class Flow:
         model: ServedModel,
         sequences: Items[Sequence],
         attended: Attended,
-        *,
-        timeout_ms: int | None,
-        stream: bool = False,
+        asked: Asked,
     ) -> Job:
         """A job ready to submit: memory estimated, deadlines set."""
         record, arrival = self.record, self.record.started
         record.attention = attended.label
-        job = Job(f"{prefix}{uuid.uuid4().hex}", model, sequences, Channel(), Times(arrival), stream=stream)
-        job.deadline, job.queue_deadline = self._deadlines(timeout_ms)
+        name = f"{prefix}{uuid.uuid4().hex}"
+        job = Job(
+            name,
+            model,
+            sequences,
+            Channel(),
+            Times(arrival),
+            stream=asked.stream,
+            priority=asked.priority,
+        )
+        job.deadline, job.queue_deadline = self._deadlines(asked.timeout_ms)
         chunk = self.runtime.settings.prefill_chunk_tokens
+        choices = list({id(choice): choice for choice in attended.choices}.values())
         for sequence in sequences:
-            choices = {id(choice): choice for choice in (attended.prefill.choice, attended.decode.choice)}
-            sequence.estimated_bytes = max(
-                _bytes(model, sequence, choice, chunk) for choice in choices.values()
-            )
-            sequence.exact_bytes = _bytes(model, sequence, exact_choice(), chunk)
             sequence.output_bytes = sequence.kept_vectors * model.info.embedding_dim * FP32_BYTES
-            sequence.estimated_bytes += sequence.output_bytes
-            sequence.exact_bytes += sequence.output_bytes
+            sequence.estimated_bytes = sequence_bytes(model, sequence, choices, chunk)
+            sequence.exact_bytes = sequence_bytes(model, sequence, [exact_choice()], chunk)
         job.memory.estimated_bytes = sum(sequence.estimated_bytes for sequence in sequences)
         job.memory.exact_bytes = sum(sequence.exact_bytes for sequence in sequences)
         return job
@@ -104,7 +118,17 @@ class Flow:
         await self.next_event(job)
 
     def submit(self, job: Job) -> None:
-        self.runtime.engine.submit(job)
+        if self.runtime.models.get(job.model.info.name) is not job.model:
+            raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
+        try:
+            self.runtime.engine.submit(job)
+            self.runtime.jobs.add(job)
+        except ApiError as error:
+            if error.code == "never_fits_memory":
+                backends = self.runtime.supported[job.model.info.name]
+                chunk_tokens = self.runtime.settings.prefill_chunk_tokens
+                raise with_way_out(error, job, backends, chunk_tokens) from None
+            raise
         now = self.runtime.clock()
         for deadline in (job.deadline, job.queue_deadline):
             if deadline is not None:
@@ -135,6 +159,7 @@ class Flow:
             timer.cancel()
         first_step = times.first_step if times.first_step is not None else times.submitted
         record.input_tokens, record.output_tokens, record.computed = input_tokens, output_tokens, True
+        record.cached_tokens = job.cached_tokens
         record.queue_s = first_step - times.submitted
         record.inference_s = (times.ended or first_step) - first_step
         record.density = attention_of(job, attended).density
@@ -212,12 +237,6 @@ async def tokens_of(
     finally:
         pending.cancel()
         await asyncio.gather(pending, return_exceptions=True)
-
-
-def _bytes(model: ServedModel, sequence: Sequence, choice: Choice, chunk_tokens: int) -> int:
-    tokens = len(sequence.token_ids)
-    chunk = min(max(chunk_tokens, choice.params.chunk_multiple()), tokens) if sequence.chunkable else tokens
-    return model.estimate_bytes(tokens, sequence.capacity - tokens, choice, chunk)
 
 
 def _read_timeout(request: Request) -> float | None:

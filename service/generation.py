@@ -26,22 +26,31 @@ class Wanted:
     n: int = 1
 
 
-def attended_pair(pair: SpecPair, model: ServedModel) -> Attended:
+def attended_pair(pair: SpecPair, model: ServedModel, *, decodes: bool = True) -> Attended:
     """Attention of prefill and of decode on this model."""
-    decode = choose(pair.decode, model, decodes=True)
+    decode = choose(pair.decode, model, decodes=decodes)
     return Attended(choose(pair.prefill, model) if pair.split else decode, decode, pair.split)
 
 
 def sequences_of(
-    prompts: list[Tokens], wanted: Wanted, model: ServedModel, attended: Attended
+    prompts: list[Tokens], wanted: Wanted, model: ServedModel, attended: Attended, salt: str = ""
 ) -> list[GenerateSequence]:
-    """``n`` sequences a prompt, in order; choice i draws from stream (seed, i)."""
+    """``n`` sequences a prompt, in order; choice i draws from stream (seed, i). The first of a prompt's
+    sequences leads: it reads the prompt, the others go on from what it has read."""
     ending = Ending(wanted.max_new_tokens, wanted.stops, frozenset(model.info.eos_token_ids))
-    prefill, decode = attended.prefill.choice, attended.decode.choice
-    return [
-        GenerateSequence(i, prompt.token_ids, prefill, decode, model.tokenizer, wanted.sampling, ending)
-        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(wanted.n))
-    ]
+    prefill, decode = attended.choices
+    sequences: list[GenerateSequence] = []
+    for prompt in prompts:
+        leader: GenerateSequence | None = None
+        for _ in range(wanted.n):
+            i = len(sequences)
+            sequence = GenerateSequence(
+                i, prompt.token_ids, prefill, decode, model.tokenizer, wanted.sampling, ending
+            )
+            sequence.salt, sequence.leader = salt, leader
+            leader = leader or sequence
+            sequences.append(sequence)
+    return sequences
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:

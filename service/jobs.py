@@ -11,7 +11,7 @@ from typing import Literal
 
 from models.contract import ServedModel
 from service.errors import ApiError
-from service.sequences import Sequence, TokenOut
+from service.sequences import GenerateSequence, Sequence, TokenOut
 
 Stage = Literal["queued", "running"]
 Event = TokenOut | ApiError | None
@@ -88,8 +88,12 @@ class Job:
     times: Times
     memory: Memory = field(default_factory=Memory)
     stream: bool = False
+    priority: int = 0
+    """Larger goes first, -10 to 10."""
     deadline: float | None = None
     queue_deadline: float | None = None
+    teaches: bool = True
+    """Whether the cost model learns from its steps: not from first use."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     """Wake-ups at the deadlines, belonging to the event loop."""
     batch_requests: int = 0
@@ -109,9 +113,23 @@ class Job:
     def held_bytes(self) -> int:
         return sum(sequence.held_bytes for sequence in self.sequences)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the cache held; a prompt with several choices counts once."""
+        return sum(sequence.cached_tokens for sequence in self.sequences)
+
     def note_token(self, now: float) -> None:
         if self.times.first_token is None:
             self.times.first_token = now
         elif self.times.last_token is not None and len(self.sequences) == 1:
             self.times.token_gaps.append(now - self.times.last_token)
         self.times.last_token = now
+
+
+def groups_of(job: Job) -> list[list[Sequence]]:
+    """The sequences of each input: the one that reads it, then the choices that follow it."""
+    groups: dict[Sequence, list[Sequence]] = {}
+    for sequence in job.sequences:
+        leader = sequence.leader if isinstance(sequence, GenerateSequence) else None
+        groups.setdefault(leader or sequence, []).append(sequence)
+    return list(groups.values())

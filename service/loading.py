@@ -1,5 +1,4 @@
-"""Loading the models while the port is already open, and one small step on each before the server is
-ready."""
+"""Loading the models while the port is already open, and warming each up before the server is ready."""
 
 from __future__ import annotations
 
@@ -11,18 +10,14 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from models.contract import ModelError, ServedModel
-from service.attention import exact_choice
 from service.errors import ApiError
-from service.jobs import Channel, Job, Times
 from service.logs import log_failure
 from service.runtime import Runtime
-from service.sampling import SamplingParams
-from service.sequences import EncodeSequence, Ending, GenerateSequence, Sequence
 from service.settings import Settings, parse_model
+from service.warm_up import run_probes
 
 T = TypeVar("T")
 _log = logging.getLogger("longreach.loading")
-WARM_UP_TOKENS = 16
 
 
 def say(line: str) -> None:
@@ -80,20 +75,11 @@ def _fail(runtime: Runtime, why: str) -> None:
 
 
 async def warm_up(runtime: Runtime, model: ServedModel) -> None:
-    """One short input through the engine, so that the first request does not pay for first use."""
-    ids = [i % model.tokenizer.vocab_size for i in range(min(WARM_UP_TOKENS, model.info.max_tokens - 1))]
-    sequence = _sequence(model, ids)
-    job = Job(f"warm-up-{model.info.name}", model, [sequence], Channel(), Times(runtime.clock()))
-    sequence.estimated_bytes = model.estimate_bytes(len(ids), 1, sequence.choice, len(ids))
-    runtime.engine.submit(job)
-    await job.channel.next()
-
-
-def _sequence(model: ServedModel, ids: list[int]) -> Sequence:
-    if "encode" in model.info.tasks and not model.info.causal:
-        return EncodeSequence(0, ids, exact_choice(), chunkable=False, pooling="mean")
-    ending = Ending(1, (), frozenset())
-    return GenerateSequence(0, ids, exact_choice(), exact_choice(), model.tokenizer, SamplingParams(), ending)
+    """A few inputs through the engine: first use is paid for, the cost model learns."""
+    started = runtime.clock()
+    num_probes = await run_probes(runtime, model)
+    seconds = runtime.clock() - started
+    say(f"{model.info.name}: warmed up with {num_probes} inputs in {seconds:.1f} s")
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

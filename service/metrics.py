@@ -10,6 +10,7 @@ import itertools
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,11 +22,14 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics import MetricWrapperBase
 
 from kernels.registry import BACKENDS
-from models.contract import ModelInfo, Task
+from models.contract import CacheUse, ModelInfo, Task
 from service.errors import KINDS
 from service.record import OPERATIONS
+
+Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
 DURATION_S = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -41,6 +45,7 @@ LONGEST = ">128k"
 REJECTIONS = (
     "queue_full",
     "token_budget",
+    "cost_budget",
     "memory",
     "draining",
     "loading",
@@ -49,6 +54,9 @@ REJECTIONS = (
     "invalid",
     "auth",
 )
+LANES = ("short", "long")
+CACHE_STATES = ("held", "cached", "free")
+LOAD_OUTCOMES = ("loaded", "failed")
 TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
     "encode": ("encode", "embeddings"),
     "generate": ("generate", "completions", "chat"),
@@ -57,6 +65,7 @@ TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
 _REASON_OF_CODE = {
     "queue_full": "queue_full",
     "token_budget_exhausted": "token_budget",
+    "cost_budget_exhausted": "cost_budget",
     "never_fits_memory": "memory",
     "draining": "draining",
     "loading": "loading",
@@ -83,6 +92,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry(auto_describe=True)
+        self._by_model: list[MetricWrapperBase] = []
         ProcessCollector(namespace="longreach", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -112,6 +122,13 @@ class Metrics:
         self.batch_requests = histogram("batch_requests", "Requests in one step.", REQUESTS, "model")
         self.batch_tokens = histogram("batch_tokens", "Tokens in one step.", TOKENS, "model")
         self.step = histogram("step_seconds", "One engine step.", STEP_S, "model")
+        self.step_prediction = histogram(
+            "step_prediction_ratio", "Predicted over measured time of a step.", ESTIMATE_RATIO, "model"
+        )
+        self.lane_seconds = counter("lane_seconds", "Engine time of short and of long requests.", "lane")
+        self.pauses = counter("long_step_pauses", "Times that a long forward was left for others.", "model")
+        self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Since the engine's last sign of life.")
+        self.queue_ms = gauge("queue_ms", "Predicted milliseconds of the work that waits.")
         self.queue_depth = gauge("queue_depth", "Requests waiting.", "model")
         self.queue_tokens = gauge("queue_tokens", "Prompt tokens waiting.", "model")
         self.running_requests = gauge("running_requests", "Requests running.", "model")
@@ -126,11 +143,22 @@ class Metrics:
         self.memory_estimate = histogram(
             "memory_estimate_ratio", "Estimated over measured peak.", ESTIMATE_RATIO, *by_attention
         )
+        self.cache_bytes = gauge("kv_cache_bytes", "Cache pages by what they are kept for.", "model", "state")
+        self.prefix_looked_up = counter(
+            "prefix_cache_looked_up_tokens", "Prompt tokens looked up in the cache.", "model"
+        )
+        self.prefix_found = counter("prefix_cache_found_tokens", "Of these, tokens that were there.", "model")
+        self.prefix_evicted = counter(
+            "prefix_cache_evicted_pages", "Cached pages given up for others.", "model"
+        )
+        self.warm_up_progress = gauge("warm_up_progress_ratio", "Share of the warm-up that is done.")
+        self.model_loads = counter("model_loads", "Models loaded, at the start or later.", "outcome")
         self.model_info = gauge("model_info", "1.", "model", "source", "architecture", "dtype", "device")
         self.build_info = gauge("build_info", "1.", "version", "torch", "transformers", "python")
         self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes.", LAG_S)
         self.ready = gauge("ready", "1 where requests are taken.")
         self.draining = gauge("draining", "1 while shutting down.")
+        self._cache_seen: dict[str, CacheUse] = {}
         self._create_common()
 
     def add_model(self, info: ModelInfo, backends: Iterable[str]) -> None:
@@ -141,6 +169,25 @@ class Metrics:
         self._create_model(info.name, operations, used, _buckets_up_to(info.max_tokens))
         self.model_info.labels(info.name, info.source, info.architecture, info.dtype, info.device).set(1)
 
+    def remove_model(self, name: str) -> None:
+        """Forget every series of a model that is no longer served."""
+        for metric in self._by_model:
+            metric.remove_by_labels({"model": name})
+        self._cache_seen.pop(name, None)
+
+    def see_cache(self, name: str, use: CacheUse) -> None:
+        """What a model's pages are now: bytes as they are, counts as far as they have grown."""
+        before = self._cache_seen.get(name, CacheUse())
+        self._cache_seen[name] = use
+        for state, held in zip(CACHE_STATES, (use.held_bytes, use.cached_bytes, use.free_bytes), strict=True):
+            self.cache_bytes.labels(name, state).set(held)
+        for counter, now, then in (
+            (self.prefix_looked_up, use.looked_up_tokens, before.looked_up_tokens),
+            (self.prefix_found, use.found_tokens, before.found_tokens),
+            (self.prefix_evicted, use.evicted_pages, before.evicted_pages),
+        ):
+            counter.labels(name).inc(max(now - then, 0))
+
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that ``accept`` asks for, and its content type."""
         encode, content_type = choose_encoder(accept)
@@ -149,8 +196,12 @@ class Metrics:
     def _create_common(self) -> None:
         build = (version("longreach"), version("torch"), version("transformers"), platform.python_version())
         self.build_info.labels(*build).set(1)
-        self.ready.set(0)
-        self.draining.set(0)
+        for gauge in (self.ready, self.draining, self.heartbeat_age, self.queue_ms, self.warm_up_progress):
+            gauge.set(0)
+        for lane in LANES:
+            self.lane_seconds.labels(lane)
+        for outcome in LOAD_OUTCOMES:
+            self.model_loads.labels(outcome)
         for operation in OPERATIONS.values():
             for reason in REJECTIONS:
                 self.rejected.labels(operation, reason)
@@ -178,21 +229,28 @@ class Metrics:
         for attention in backends:
             for by_attention in (self.first_token, self.inter_token, self.density, self.memory_estimate):
                 by_attention.labels(model, attention)
-        for by_model in (self.batch_requests, self.batch_tokens, self.step):
+        for by_model in (self.batch_requests, self.batch_tokens, self.step, self.step_prediction):
             by_model.labels(model)
         for gauge in (self.queue_depth, self.queue_tokens, self.running_requests):
             gauge.labels(model).set(0)
-        for counter in (self.truncated_inputs, self.truncated_tokens):
+        for counter in (self.truncated_inputs, self.truncated_tokens, self.pauses):
             counter.labels(model)
+        self.see_cache(model, CacheUse())
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace="longreach", registry=self.registry)
+        return self._noted(Counter(name, text, labels, namespace="longreach", registry=self.registry), labels)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace="longreach", registry=self.registry)
+        return self._noted(Gauge(name, text, labels, namespace="longreach", registry=self.registry), labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace="longreach", registry=self.registry, buckets=buckets)
+        metric = Histogram(name, text, labels, namespace="longreach", registry=self.registry, buckets=buckets)
+        return self._noted(metric, labels)
+
+    def _noted(self, metric: Metric, labels: tuple[str, ...]) -> Metric:
+        if "model" in labels:
+            self._by_model.append(metric)
+        return metric
 
 
 def _codes() -> list[str]:

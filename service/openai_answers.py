@@ -59,11 +59,26 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class OpenAIUsage(Usage):
+    """``cached_tokens`` where OpenAI's SDK looks for it too."""
+
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, usage: Usage) -> OpenAIUsage:
+        details = PromptTokensDetails(cached_tokens=usage.cached_tokens)
+        return cls(**usage.model_dump(), prompt_tokens_details=details)
+
+
 class _Answer(BaseModel):
     id: str
     created: int
     model: str
-    usage: Usage
+    usage: OpenAIUsage
     attention: AttentionUsed
     stats: Stats = Field(description="an extension: where the time went")
 

@@ -10,7 +10,19 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstrai
 
 from service.attention_schema import AttentionSpec, AttentionSpecOrPair
 from service.errors import invalid
-from service.schemas import MAX_LIST, MAX_SEED, ModelName, Stop, Text, TimeoutMs, TokenIds
+from service.schemas import (
+    MAX_LIST,
+    MAX_SEED,
+    NO_SALT,
+    SALT,
+    ModelName,
+    Priority,
+    Salt,
+    Stop,
+    Text,
+    TimeoutMs,
+    TokenIds,
+)
 from service.validation import shown_name
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -100,7 +112,9 @@ class EmbeddingsRequest(Lenient):
     dimensions: int | None = Field(None, ge=1, le=1 << 20)
     user: str | None = Field(None, max_length=512)
     attention: AttentionSpec | None = None
+    priority: Priority | None = None
     timeout_ms: TimeoutMs | None = None
+    cache_salt: Salt | None = Field(None, description=NO_SALT)
 
 
 class StreamOptions(BaseModel):
@@ -119,8 +133,18 @@ class _Sampling(Lenient):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     attention: AttentionSpecOrPair | None = None
+    priority: Priority | None = None
     timeout_ms: TimeoutMs | None = None
+    cache_salt: Salt | None = Field(None, description=SALT)
+    prompt_cache_key: str | None = Field(
+        None, max_length=512, description="OpenAI's field: what cache_salt is where that is not given"
+    )
     user: str | None = Field(None, max_length=512)
+
+    @property
+    def salt(self) -> str:
+        """Only requests of the same one share cached prefixes."""
+        return self.cache_salt or self.prompt_cache_key or ""
 
 
 class CompletionRequest(_Sampling):

@@ -34,6 +34,7 @@ class Record:
     density: float | None = None
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
     queue_s: float = 0.0
     tokenize_s: float = 0.0
     inference_s: float = 0.0

@@ -19,6 +19,8 @@ def report(runtime: Runtime, record: Record, now: float) -> None:
     """Called once per request, whatever became of it."""
     if record.disconnected and record.error_code is None and record.status != 200:
         record.error_code = "client_closed_request"
+    if record.model not in runtime.models:
+        record.model = "unknown"  # unloaded meanwhile: its series must not come back
     status = _outcome(record)
     _count(runtime, record, status, now)
     fields = {
@@ -70,7 +72,7 @@ def _count_error(runtime: Runtime, record: Record, operation: str, code: str, st
 def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
     """The histograms of a request that ran to its end. ``record`` knows its attention and operation."""
     metrics, model, operation, times = runtime.metrics, record.model, record.operation, job.times
-    if operation is None:
+    if operation is None or model not in runtime.models:
         return
     metrics.queue.labels(model, operation).observe(record.queue_s)
     metrics.tokenize.labels(model, operation).observe(record.tokenize_s)

@@ -1,291 +1,278 @@
-"""What runs in the next step: pure policy over plain objects, the clock passed in. No torch, no asyncio, no
-locks.
+"""What runs next: pure policy over plain objects, the clock passed in. No torch, no asyncio, no locks.
 
-A step serves one model and is filled to a token budget: one token for every decoding sequence, then chunks
-of prompts that are being read, then new sequences in order of arrival. Bidirectional inputs cannot be
-chunked: one that exceeds the budget runs alone, and shorter ones behind it may pass in at most
-``MAX_PASSED_STEPS`` steps. The same bound holds for a sequence that waits for memory, and for one whose query
-tile is larger than what others leave of the budget: after so many steps it reads before them. A prompt
-already being read that got nothing in a step comes first in the next. So nothing starves. Models take turns
-by the seconds that each has used."""
+Two lanes share the time by weight: short prompts and every decoded token in one, prompts that take long to
+read in the other. A step serves one model; models take turns by the time that they used. A short step is
+filled to a predicted time. A long step can be left for short work and gone on with; a model has at most one.
+
+Within a lane the order is effective priority, deadline, arrival, and nothing starves: priority grows with
+waiting, and what was passed over ``MAX_PASSED_STEPS`` times (for memory, places, or the room that its
+smallest piece needs) goes first, and keeps memory and places from those behind it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from service.admission import Admission
+from service.begun import Begun
 from service.drain_rate import DrainRate
+from service.ledger import Ledger, Queue
+from service.planner import Draft, Planner
+from service.schedule import (
+    AGE_S,
+    CHUNK_MULTIPLE,
+    MAX_PASSED_STEPS,
+    Entry,
+    Lane,
+    Limits,
+    Price,
+    Rejected,
+    Step,
+    no_price,
+)
+from service.turns import LONG_SLICE_MS, Turns
 
-MAX_PASSED_STEPS = 8
-CHUNK_MULTIPLE = 128
-"""Chunks end at absolute multiples of this, or of the query tile of a backend that selects by tiles: where
-other requests left it less room, its result would move with them otherwise."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The numbers that admission and steps are checked against."""
-
-    max_queue_requests: int
-    max_queue_tokens: int
-    max_running: int
-    step_tokens: int
-    prefill_chunk_tokens: int
-    memory_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One sequence as the policy sees it. ``tokens`` are the prompt's, ``read`` how many have been read."""
-
-    key: int
-    job: str
-    model: str
-    tokens: int
-    chunkable: bool
-    bytes: int
-    deadline: float | None = None
-    queue_deadline: float | None = None
-    """When waiting must end although running might go on (a client's own read timeout)."""
-    chunk_multiple: int = CHUNK_MULTIPLE
-    read: int = 0
-    decoding: bool = False
-    dropped: bool = False
-    passed_steps: int = 0
-    """Steps in which it stood still: while it waits those in which one behind it read, once it runs those in
-    which others took the whole budget."""
-
-    @property
-    def holds_cache(self) -> bool:
-        """Keeps its place from step to step. What is read whole in one step holds nothing after it."""
-        return self.chunkable
-
-
-@dataclass(frozen=True)
-class Step:
-    """``parts``: each entry with the number of tokens it advances by."""
-
-    model: str
-    parts: tuple[tuple[Entry, int], ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(tokens for _, tokens in self.parts)
-
-
-class Rejected(Exception):
-    """Not admitted: ``reason`` is queue_full, token_budget, too_many_tokens or never_fits."""
-
-    def __init__(self, reason: str, *, value: int, limit: int, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.value = value
-        self.limit = limit
-        self.retry_after_s = retry_after_s
+__all__ = [
+    "AGE_S",
+    "CHUNK_MULTIPLE",
+    "LONG_SLICE_MS",
+    "MAX_PASSED_STEPS",
+    "Entry",
+    "Lane",
+    "Limits",
+    "Price",
+    "Rejected",
+    "Scheduler",
+    "Step",
+    "no_price",
+]
 
 
 class Scheduler:
     """Waiting and running entries, the memory ledger, and the choice of the next step."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, fixed_ms: Callable[[str], float] = lambda model: 0.0) -> None:
+        """``fixed_ms``: what a step of a model takes before its first token."""
         self.limits = limits
         self.rate = DrainRate()
-        self._waiting: dict[int, Entry] = {}
-        self._running: dict[int, Entry] = {}
-        self._used_s: dict[str, float] = {}
+        self._ledger = Ledger(limits)
+        self._admission = Admission(self._ledger, self.rate)
+        self._planner = Planner(self._ledger, fixed_ms)
+        self._turns = Turns(limits.short_weight)
+        self._begun = Begun()
+        self._served = 0
+        self._stale = True
+        self._short_ready = False
+        self._others_ready: list[str] = []
+        self._shorter_waits = False
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(entry.bytes for entry in self._running.values())
+        return self._ledger.reserved_bytes
+
+    @property
+    def begun(self) -> tuple[Step, ...]:
+        """Long steps that are not over."""
+        return self._begun.steps
 
     def waiting(self, model: str | None = None) -> tuple[int, int]:
         """(requests, tokens) that wait, of one model or of all."""
-        entries = [entry for entry in self._waiting.values() if model in (None, entry.model)]
-        return len({entry.job for entry in entries}), sum(entry.tokens for entry in entries)
+        return self._ledger.num_waiting(model)
+
+    def waiting_ms(self, lane: Lane | None = None) -> float:
+        """Predicted time of the reading that waits, in one lane or in all."""
+        return self._ledger.waiting_ms(lane)
 
     def running(self, model: str) -> int:
-        """Requests of a model that hold a place."""
-        return len({entry.job for entry in self._running.values() if entry.model == model})
+        """Requests of a model that hold memory."""
+        return len({entry.job for entry in self._ledger.running.values() if entry.model == model})
 
-    def check_room(self, requests: int = 1, tokens: int = 0) -> None:
-        """Rejected where ``requests`` more with ``tokens`` in all would overfill the queue."""
-        queued_requests, queued_tokens = self.waiting()
-        if tokens > self.limits.max_queue_tokens:
-            raise Rejected("too_many_tokens", value=tokens, limit=self.limits.max_queue_tokens)
-        wait_s = self.rate.seconds_for(queued_tokens / 2)
-        if queued_requests + requests > self.limits.max_queue_requests:
-            limit = self.limits.max_queue_requests
-            raise Rejected("queue_full", value=queued_requests, limit=limit, retry_after_s=wait_s)
-        if queued_tokens + tokens > self.limits.max_queue_tokens:
-            limit = self.limits.max_queue_tokens
-            raise Rejected("token_budget", value=queued_tokens, limit=limit, retry_after_s=wait_s)
+    def check_room(self, requests: int = 1, tokens: int = 0, cost_ms: float = 0.0) -> None:
+        """Rejected where ``requests`` more, of so many tokens and ms in all, would overfill the queue."""
+        self._admission.check_room(requests, tokens, cost_ms)
 
-    def admit(self, entries: Sequence[Entry]) -> None:
+    def admit(self, entries: Sequence[Entry], now: float = 0.0) -> None:
         """Queue all entries of one request, or none of them (Rejected)."""
-        largest = max(entry.bytes for entry in entries)
-        if largest > self.limits.memory_bytes:
-            raise Rejected("never_fits", value=largest, limit=self.limits.memory_bytes)
-        self.check_room(1, sum(entry.tokens for entry in entries))
-        for entry in entries:
-            self._catch_up(entry.model)
-            self._waiting[entry.key] = entry
+        self._admission.admit(entries)
+        self._stale = True
+
+    def fork(self, leader: Entry, followers: Sequence[Entry]) -> None:
+        """``followers`` have read what the running ``leader`` has, and decode from now on; they take even
+        parts of its bytes and places."""
+        if leader.key not in self._ledger.running:
+            raise ValueError("only a running sequence can be forked")
+        count = len(followers) + 1
+        bytes_each, places_each = leader.bytes // count, leader.places // count
+        for entry in followers:
+            entry.bytes, entry.places, entry.read = bytes_each, places_each, entry.tokens
+            entry.decoding, entry.dropped = True, entry.dropped or leader.dropped
+            self._ledger.start(entry)
+        leader.bytes -= bytes_each * len(followers)
+        leader.places -= places_each * len(followers)
+        self._stale = True
 
     def drop(self, job: str) -> None:
         """Forget a request: what waits leaves at once, what runs is never planned again and keeps its bytes
         until ``release``."""
-        for key in [key for key, entry in self._waiting.items() if entry.job == job]:
-            del self._waiting[key]
-        for entry in self._running.values():
+        waiting = self._ledger.waiting
+        for key in [key for key, entry in waiting.items() if entry.job == job]:
+            del waiting[key]
+        for entry in self._ledger.running.values():
             entry.dropped = entry.dropped or entry.job == job
+        self._stale = True
 
     def release(self, entry: Entry) -> None:
         """A running entry has ended and its memory is free."""
-        self._running.pop(entry.key, None)
+        self._ledger.running.pop(entry.key, None)
+        self._planner.forget(entry)
+        self._stale = True
+        step = self._begun.of(entry) if entry.begun else None
+        entry.begun = False
+        if step is not None and not any(part.begun for part, _ in step.parts):
+            self._begun.end(step)
+
+    def abandoned(self, step: Step) -> bool:
+        """Nobody waits for its results any more: give it up (``failed``)."""
+        return all(entry.dropped for entry, _ in step.parts)
 
     def expired(self, now: float) -> list[tuple[str, str]]:
         """(request, stage) of every request whose deadline has passed."""
         found: dict[str, str] = {}
-        started = {entry.job for entry in self._running.values() if not entry.dropped}
-        for entry in self._entries():
+        started = {entry.job for entry in self._ledger.running.values() if not entry.dropped}
+        for entry in self._ledger.alive():
             running = entry.job in started
             limits = (entry.deadline,) if running else (entry.deadline, entry.queue_deadline)
             if any(limit is not None and limit <= now for limit in limits):
                 found[entry.job] = "running" if running else "queued"
         return list(found.items())
 
+    def remove_model(self, model: str) -> None:
+        """It leaves service: forget the time that it used."""
+        self._turns.forget(model)
+
+    def plan(self, now: float) -> Step | None:
+        """The next step: a new one, its entries moved to running, or a long one to go on with (the same
+        object). None where nothing can run."""
+        queue = self._ledger.queue(now)
+        short, long = self._short(queue), self._long(queue)
+        self._stale, self._short_ready = False, short is not None
+        self._level(short is not None, long is not None)
+        if long is None or (short is not None and self._turns.short_due):
+            return None if short is None else self._decide(short, now)
+        self._others_ready = self._other_long(long.model, queue)
+        self._turns.start_slice(long.model, now)
+        if isinstance(long, Draft):
+            self._shorter_waits = False
+            return self._decide(long, now)
+        self._shorter_waits = self._shorter(long.model, queue) is not None
+        return long
+
+    def resumed(self, step: Step, now: float) -> None:
+        """A slice of a long step starts now (some time after it was planned, where its sequences had to be
+        opened)."""
+        self._turns.start_slice(step.model, now)
+
+    def should_pause(self, step: Step, now: float) -> bool:
+        """Whether the long step that runs must be left: its lane has had its share and short work could run,
+        or its model has and another one's long work could, or a much shorter long step could, or nobody wants
+        it any more. Cheap unless something came or went since it was asked last."""
+        self._begun.ran(step, self._turns.charge_slice(step.model, now))
+        if self._stale:
+            self._refresh(step, now)
+        if self._short_ready and self._turns.short_due:
+            return True
+        if self._others_ready and self._turns.is_over(step.model, self._others_ready):
+            return True
+        if self._shorter_waits and not self._begun.owes(step.model):
+            return True
+        return self.abandoned(step)
+
+    def ran(self, step: Step, seconds: float) -> None:
+        """A slice of a long step ran, and it was left."""
+        self._begun.ran(step, self._turns.charge(step, seconds))
+        self.rate.observe(0.0, seconds)
+
     def advance(self, step: Step, seconds: float) -> None:
-        """A step has run: prompts have been read, the model is charged."""
-        self._used_s[step.model] = self._used_s.get(step.model, 0.0) + seconds
-        read = 0
+        """A step is done: prompts have been read. ``seconds`` of its last slice, where it was left before."""
+        self._turns.charge(step, seconds)
+        self.rate.observe(step.reading_ms, seconds)
+        self._end(step)
         for entry, tokens in step.parts:
-            if not entry.decoding:
-                entry.read += tokens
-                read += tokens
-        self.rate.observe(read, seconds)
+            entry.solo = False
+            if entry.decoding:
+                entry.decoded += 1
+            else:
+                entry.read = min(entry.tokens, entry.read + tokens)
 
-    def plan(self) -> Step | None:
-        """The next step, its new entries moved to running; None where nothing can run."""
-        models = {entry.model for entry in self._entries()}
-        for model in sorted(models, key=lambda name: (self._used_s.get(name, 0.0), name)):
-            parts = self._fill(model)
-            if parts:
-                return Step(model, tuple(parts))
-        return None
+    def failed(self, step: Step, seconds: float) -> None:
+        """A step raised or was given up: nothing has been read. Entries that shared it run alone next."""
+        self._turns.charge(step, seconds)
+        self.rate.observe(0.0, seconds)
+        self._end(step)
+        for entry, _ in step.parts:
+            entry.solo = len(step.parts) > 1
 
-    def _entries(self) -> Iterator[Entry]:
-        yield from (entry for entry in self._running.values() if not entry.dropped)
-        yield from self._waiting.values()
+    def _end(self, step: Step) -> None:
+        self._stale = True
+        if step.long:
+            self._begun.end(step)
+            for entry, _ in step.parts:
+                entry.begun = False
 
-    def _catch_up(self, model: str) -> None:
-        """A model that was idle starts level with the others: its idle time is not a credit."""
-        active = {entry.model for entry in self._entries()}
-        if model not in active:
-            floor = min((self._used_s.get(name, 0.0) for name in active), default=0.0)
-            self._used_s[model] = max(self._used_s.get(model, 0.0), floor)
+    def _short(self, queue: Queue) -> Draft | None:
+        """The short step to run next."""
+        models = self._turns.order("short", self._ledger.models("short"))
+        drafts = (self._planner.short(model, queue, self._turns.lendable_ms) for model in models)
+        return next((draft for draft in drafts if draft is not None), None)
 
-    def _fill(self, model: str) -> list[tuple[Entry, int]]:
-        mine = [entry for entry in self._running.values() if entry.model == model and not entry.dropped]
-        parts = [(entry, 1) for entry in mine if entry.decoding]
-        budget = self.limits.step_tokens - len(parts)
-        reading: list[tuple[Entry, int]] = []
-        for entry in self._readers(model, mine):
-            tokens = self._chunk(entry, budget, must_read=not reading)
-            if tokens:
-                reading.append((entry, tokens))
-                budget -= tokens
-            entry.passed_steps = 0 if tokens else entry.passed_steps + 1
-        return [*parts, *reading, *self._start(model, budget, reading, alone=not parts and not reading)]
+    def _long(self, queue: Queue) -> Draft | Step | None:
+        """The long step to begin or to go on with next."""
+        models = self._turns.order("long", self._ledger.models("long"))
+        found = (self._long_of(model, queue) for model in models)
+        return next((step for step in found if step is not None), None)
 
-    def _readers(self, model: str, mine: list[Entry]) -> list[Entry]:
-        """Who is read on, in the order in which the budget is offered. A waiting entry that was passed too
-        often begins ahead of them, unless one of them stood still as long."""
-        readers = [entry for entry in mine if not entry.decoding]
-        readers.sort(key=lambda entry: -entry.passed_steps)
-        if readers and readers[0].passed_steps < MAX_PASSED_STEPS:
-            overdue = self._overdue(model)
-            if overdue is not None:
-                self._running[overdue.key] = self._waiting.pop(overdue.key)
-                return [overdue, *readers]
-        return readers
+    def _long_of(self, model: str, queue: Queue) -> Draft | Step | None:
+        """The step that the model has begun last, or a much shorter one that may begin before it goes on."""
+        step = self._begun.last(model)
+        if step is None:
+            return self._planner.long(model, queue)
+        if self.abandoned(step):
+            return None
+        shorter = None if self._begun.owes(model) else self._shorter(model, queue)
+        return step if shorter is None else shorter
 
-    def _overdue(self, model: str) -> Entry | None:
-        """The first chunkable entry that was passed too often, where a place and memory are free for it."""
-        places = self.limits.max_running - sum(entry.holds_cache for entry in self._running.values())
-        for entry in self._waiting.values():
-            if entry.passed_steps < MAX_PASSED_STEPS:
-                continue
-            if self.reserved_bytes + entry.bytes > self.limits.memory_bytes:
-                return None
-            if entry.model == model and entry.chunkable and places > 0:
-                return entry
-        return None
+    def _shorter(self, model: str, queue: Queue) -> Draft | None:
+        """A step so much shorter than what is left of the begun one that it may begin on top of it."""
+        draft = self._planner.long(model, queue) if self._begun.has_room(model) else None
+        return draft if draft is not None and self._begun.is_shorter(draft.predicted_ms, model) else None
 
-    def _start(
-        self, model: str, budget: int, reading: list[tuple[Entry, int]], alone: bool
-    ) -> list[tuple[Entry, int]]:
-        """New entries in order of arrival, as far as places, memory and budget allow beside those
-        ``reading``."""
-        started: list[tuple[Entry, int]] = []
-        passed: list[Entry] = []
-        reserved = self.reserved_bytes
-        places = self.limits.max_running - sum(entry.holds_cache for entry in self._running.values())
-        long: Entry | None = None
-        for entry in self._waiting.values():
-            if entry.holds_cache and places <= 0:
-                continue
-            blocked = reserved + entry.bytes > self.limits.memory_bytes
-            patient = entry.passed_steps < MAX_PASSED_STEPS
-            if blocked and not patient:
-                break
-            if entry.model != model:
-                continue
-            if blocked:
-                passed.append(entry)
-                continue
-            if self._is_long(entry):
-                if long is None and alone and not started:
-                    long = entry
-                    if not patient:
-                        break
-                passed.append(entry)
-                continue
-            tokens = self._chunk(entry, budget, must_read=not reading and not started)
-            if not tokens:
-                passed.append(entry)
-                if budget <= 0 or not patient:
-                    break
-                continue
-            started.append((entry, tokens))
-            reserved += entry.bytes
-            places -= entry.holds_cache
-            budget -= tokens
-        if long is not None and not started:
-            started.append((long, long.tokens))
-        self._note_passed(passed, [*reading, *started])
-        for entry, _ in started:
-            entry.passed_steps = 0
-            self._running[entry.key] = self._waiting.pop(entry.key)
-        return started
+    def _other_long(self, model: str, queue: Queue) -> list[str]:
+        """Other models with long work that could run now."""
+        others = sorted(self._ledger.models("long") - {model})
+        return [other for other in others if self._long_of(other, queue) is not None]
 
-    def _note_passed(self, passed: list[Entry], reading: list[tuple[Entry, int]]) -> None:
-        last = max((entry.key for entry, _ in reading), default=-math.inf)
-        for entry in passed:
-            if entry.key < last:
-                entry.passed_steps += 1
+    def _level(self, short: bool, long: bool) -> None:
+        lanes: dict[Lane, bool] = {"short": short, "long": long}
+        self._turns.level_lanes(lane for lane, ready in lanes.items() if ready)
 
-    def _is_long(self, entry: Entry) -> bool:
-        return not entry.chunkable and entry.tokens > self.limits.step_tokens
+    def _refresh(self, step: Step, now: float) -> None:
+        """Something came or went while a long step runs: what could run instead?"""
+        self._stale = False
+        queue = self._ledger.queue(now)
+        self._short_ready = self._short(queue) is not None
+        self._others_ready = self._other_long(step.model, queue)
+        self._shorter_waits = self._shorter(step.model, queue) is not None
+        self._level(self._short_ready, True)
 
-    def _chunk(self, entry: Entry, budget: int, must_read: bool) -> int:
-        """Tokens that ``entry`` may read now. The first reader of a step always advances."""
-        left = entry.tokens - entry.read
-        if not entry.chunkable:
-            return left if left <= budget or must_read else 0
-        multiple = entry.chunk_multiple
-        tokens = min(left, budget, max(self.limits.prefill_chunk_tokens, multiple))
-        if tokens < left:
-            tokens = (entry.read + max(tokens, 0)) // multiple * multiple - entry.read
-        if tokens <= 0:
-            return min(left, multiple) if must_read else 0
-        return tokens
+    def _decide(self, draft: Draft, now: float) -> Step:
+        """The draft becomes a step: what it starts holds its memory from now on."""
+        step = draft.step()
+        for entry in draft.passed:
+            entry.passed_steps += 1
+        for entry, _ in step.parts:
+            self._served += 1
+            entry.last_served, entry.passed_steps = self._served, 0
+            entry.waits_since, entry.begun = now, step.long
+            self._ledger.start(entry)
+        if step.long:
+            self._begun.begin(step)
+        return step

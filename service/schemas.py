@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
-from service.attention_schema import AttentionSpec, AttentionSpecOrPair
+from service.attention_schema import AttentionSpec, AttentionSpecOrPair, AttentionSpecOrPairOrList
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKEN_IDS = 1 << 20
@@ -20,7 +20,17 @@ Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TimeoutMs = Annotated[int, Field(ge=1, le=86_400_000, description="deadline, counted from arrival")]
+Priority = Annotated[
+    int,
+    Field(
+        ge=-10,
+        le=10,
+        description="larger ones begin first; ten seconds of waiting count as one, so nothing starves",
+    ),
+]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+SALT = "cached beginnings of prompts are shared only among requests with the same salt"
+NO_SALT = "accepted as on generate; nothing of this request is kept for another, so it has no effect"
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Truncate = Literal["error", "start", "end"]
 
@@ -94,8 +104,9 @@ class EncodeRequest(Strict):
     dimensions: int | None = Field(None, ge=1, le=1 << 20, description="keep the first ones and renormalise")
     truncate: Truncate = "error"
     late_chunking: LateChunking | None = None
+    priority: Priority = 0
     timeout_ms: TimeoutMs | None = None
-    cache_salt: Salt | None = Field(None, description="separates caches; there is none to separate yet")
+    cache_salt: Salt | None = Field(None, description=NO_SALT)
     include_stats: bool = True
 
 
@@ -113,8 +124,9 @@ class GenerateRequest(Strict):
     stream: bool = False
     attention: AttentionSpecOrPair | None = None
     truncate: Truncate = "error"
+    priority: Priority = 0
     timeout_ms: TimeoutMs | None = None
-    cache_salt: Salt | None = Field(None, description="separates caches; there is none to separate yet")
+    cache_salt: Salt | None = Field(None, description=SALT)
     include_stats: bool = True
 
 
@@ -122,8 +134,31 @@ class ScoreRequest(Strict):
     model: ModelName | None = Field(None, description="may be left out where one model alone can score")
     input: OneInput
     attention: AttentionSpec | None = None
+    priority: Priority = 0
     timeout_ms: TimeoutMs | None = None
+    cache_salt: Salt | None = Field(None, description=NO_SALT)
     include_stats: bool = True
+
+
+class EstimateRequest(Strict):
+    """What a request would take under one attention or several. Nothing is run."""
+
+    model: ModelName | None = Field(None, description="may be left out where one model alone is served")
+    input: OneInput
+    max_new_tokens: int = Field(0, ge=0, le=1 << 20, description="0: the input is read, nothing is generated")
+    attention: AttentionSpecOrPairOrList | None = None
+    truncate: Truncate = "error"
+    timeout_ms: TimeoutMs | None = None
+    cache_salt: Salt | None = Field(None, description=SALT)
+
+
+class LoadRequest(Strict):
+    """A model to load while the server serves."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)] = Field(
+        description="a directory, a hub id, a GGUF file, or the name of a demo model"
+    )
 
 
 class TokenizeRequest(Strict):

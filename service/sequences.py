@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.contract import Choice, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
+from models.contract import Choice, Prompt, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
 from models.errors import NonFiniteOutput
 from service.sampling import Sampled, Sampler, SamplingParams
-from service.scheduler import Entry
+from service.schedule import Entry
 from service.text_stream import Detokeniser, StopFinder
 
 
@@ -43,6 +43,10 @@ class Sequence(ABC):
         self.state: SequenceState | None = None
         self.entry: Entry | None = None
         self.finished = False
+        self.salt = ""
+        """Only prompts of the same salt share cached beginnings."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that the cache held and nobody had to read again."""
         self.estimated_bytes = 0
         self.exact_bytes = 0
         self.output_bytes = 0
@@ -67,13 +71,24 @@ class Sequence(ABC):
         """Bytes held now between steps: the cache, and what is kept for the answer."""
         return self.state.held_bytes if self.state is not None else 0
 
+    @property
+    def prompt(self) -> Prompt | None:
+        """What may be taken from the cache instead of being read; None where every row is needed."""
+        return None
+
+    @property
+    def decode_choice(self) -> Choice:
+        """Attention under which single tokens are read after the prompt."""
+        return self.choice
+
     def next_slice(self, state: SequenceState, tokens: int) -> Slice:
         """The next ``tokens`` of the prompt."""
         ids = self.token_ids[state.length : state.length + tokens]
-        return Slice(state, ids, self.choice, self._want(state.length, tokens), total=len(self.token_ids))
+        return Slice(state, ids, self.choice, self.want(state.length, tokens), total=len(self.token_ids))
 
     @abstractmethod
-    def _want(self, start: int, tokens: int) -> Want: ...
+    def want(self, start: int, tokens: int) -> Want:
+        """What a step that reads so many tokens of the prompt from ``start`` on must return."""
 
     @abstractmethod
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
@@ -107,7 +122,7 @@ class EncodeSequence(Sequence):
         width = 0 if self._kept is None else self._kept.shape[-1] * self._kept.itemsize
         return super().held_bytes + width * (self._rows if self._pooling == "none" else 1)
 
-    def _want(self, start: int, tokens: int) -> Want:
+    def want(self, start: int, tokens: int) -> Want:
         ends = start + tokens >= len(self.token_ids)
         return "hidden" if ends or self._pooling != "last" else "nothing"
 
@@ -157,7 +172,7 @@ class ScoreSequence(Sequence):
         total = len(self.token_ids)
         return Slice(state, self.token_ids[start:end], self.choice, "scores", total=total, targets=targets)
 
-    def _want(self, start: int, tokens: int) -> Want:
+    def want(self, start: int, tokens: int) -> Want:
         return "scores"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
@@ -191,7 +206,9 @@ class GenerateSequence(Sequence):
         ending: Ending,
     ) -> None:
         super().__init__(index, token_ids, prefill)
-        self.decode_choice = decode
+        self._decode_choice = decode
+        self.leader: GenerateSequence | None = None
+        """The choice that reads the prompt for this one too; None where it reads for itself."""
         self.tokenizer = tokenizer
         self.tokens: list[TokenOut] = []
         self.finish_reason: Literal["stop", "length"] = "length"
@@ -205,6 +222,14 @@ class GenerateSequence(Sequence):
         return len(self.token_ids) + self._ending.max_new_tokens
 
     @property
+    def prompt(self) -> Prompt | None:
+        return Prompt(self.token_ids, self.choice, self.salt)
+
+    @property
+    def decode_choice(self) -> Choice:
+        return self._decode_choice
+
+    @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
 
@@ -214,14 +239,16 @@ class GenerateSequence(Sequence):
         last = [self.tokens[-1].token_id]
         return Slice(state, last, self.decode_choice, "logits", total=len(self.token_ids))
 
-    def _want(self, start: int, tokens: int) -> Want:
+    def want(self, start: int, tokens: int) -> Want:
         return "logits" if start + tokens >= len(self.token_ids) else "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
         (self.decode_work if self.tokens else self.prefill_work).then(result.work)
-        if result.logits is None:
-            return None
-        sampled = self._sampler.sample(_finite(result.logits, "logits"))
+        return None if result.logits is None else self.draw(result.logits)
+
+    def draw(self, logits: Tensor) -> TokenOut:
+        """The next token, from logits [V] fp32."""
+        sampled = self._sampler.sample(_finite(logits, "logits"))
         token = TokenOut(self.index, sampled.token_id, self._shown(sampled.token_id), sampled)
         self.tokens.append(token)
         return token

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,29 @@ class Settings(BaseSettings):
     max_queue_requests: Positive = Field(256, description="requests that may wait before 429")
     max_queue_tokens: Positive = Field(1_048_576, description="prompt tokens that may wait before 429")
     max_running: Positive = Field(64, le=1024, description="sequences that hold a cache at once")
-    step_tokens: int = Field(1024, ge=128, le=1 << 20, description="token budget of one engine step")
+    max_queue_seconds: float = Field(
+        600, gt=0, le=604_800, description="predicted seconds of work that may wait before 429"
+    )
+    step_ms: float = Field(
+        200,
+        ge=1,
+        le=60_000,
+        description="predicted milliseconds that one engine step is filled to; less is sooner for streams, "
+        "more is faster in all",
+    )
+    short_ms: float = Field(
+        2000,
+        ge=1,
+        le=3_600_000,
+        description="a prompt predicted to be read in more milliseconds is long: it is left for short ones",
+    )
+    short_weight: float = Field(
+        4,
+        ge=0.01,
+        le=1000,
+        description="engine time of short requests for each part of long ones, where both wait",
+    )
+    step_tokens: int = Field(1024, ge=128, le=1 << 20, description="most tokens of one engine step")
     prefill_chunk_tokens: int = Field(
         512,
         ge=128,
@@ -69,6 +92,12 @@ class Settings(BaseSettings):
     )
     memory_limit_bytes: Positive | None = Field(
         None, description="bytes that requests may hold; half the memory"
+    )
+    prefix_cache_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of cache kept for prompts that begin alike, over all models, beside what "
+        "memory_limit_bytes allows; an eighth of it by default, 0: off",
     )
 
     max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="largest request body")
@@ -91,7 +120,16 @@ class Settings(BaseSettings):
         "info", description="what is logged to stderr"
     )
     drain_seconds: float = Field(
-        30, ge=0, le=86_400, description="how long a stopping server lets requests finish"
+        30,
+        ge=0,
+        le=86_400,
+        description="how long a stopping server, or an unloaded model, lets requests finish",
+    )
+    admin: bool = Field(
+        False, description="serve the routes that load and unload models; needs an API key beyond loopback"
+    )
+    watchdog_s: float = Field(
+        120, ge=1, le=86_400, description="seconds without a sign of life after which the engine is stalled"
     )
 
     @field_validator("models", "cors_origins", mode="before")
@@ -140,10 +178,24 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _admin_is_guarded(self) -> Settings:
+        if self.admin and self.api_key is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"admin (--admin, {ENV_PREFIX}ADMIN) on {self.host} lets anybody load and unload models: set "
+                f"api_key (--api-key, {ENV_PREFIX}API_KEY), listen on 127.0.0.1, or leave admin off"
+            )
+        return self
+
     @property
     def memory_limit(self) -> int:
         """Bytes that requests may hold at once, without the weights."""
         return self.memory_limit_bytes or memory_bytes(self.device) // 2
+
+    @property
+    def prefix_cache(self) -> int:
+        """Bytes of pages that may be kept for prompts that begin alike."""
+        return self.memory_limit // 8 if self.prefix_cache_bytes is None else self.prefix_cache_bytes
 
     @classmethod
     def settings_customise_sources(
@@ -155,6 +207,14 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``. A name other than localhost may be anybody's."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def resolved(settings: Settings) -> Settings:
@@ -210,8 +270,12 @@ def _explain(error: ValueError) -> str:
         error.errors(include_input=False, include_url=False) if isinstance(error, ValidationError) else []
     )
     for problem in problems:
-        name = str(problem["loc"][0]) if problem["loc"] else "settings"
-        lines.append(f"{name} ({flag_name(name)}, {ENV_PREFIX}{name.upper()}): {problem['msg']}")
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            lines.append(message)
+            continue
+        name = str(problem["loc"][0])
+        lines.append(f"{name} ({flag_name(name)}, {ENV_PREFIX}{name.upper()}): {message}")
     return "\n".join(lines) or str(error)
 
 

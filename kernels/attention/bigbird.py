@@ -13,17 +13,30 @@ trained with them more than by others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
 from kernels.math.accumulate import accumulator, result
+from kernels.math.flops import attention_flops, drawn_pairs, window_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.random_keys import BlockSize, num_random_problem, random_keep
 from kernels.math.random_part import add_random
+from kernels.math.random_rows import decode_random
 from kernels.math.spans import SpanPattern, add_spans, plan_for
 from kernels.math.window import window_keep, window_pattern
 from kernels.math.workspace import one_after_another, random_keys, windows
@@ -77,6 +90,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: BigBirdParams, call: Call) -
     return result(acc, q, began)
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: BigBirdParams, call: Call) -> PackedResult | None:
+    return decode_random(q, segments, params, _near(params, call), call)
+
+
 def _near(params: BigBirdParams, call: Call) -> SpanPattern:
     full_rows = 0 if call.causal else params.global_tokens
     return window_pattern(params.window, params.global_tokens, full_rows, call.causal)
@@ -96,6 +113,16 @@ def _cut_blocks(params: BigBirdParams, shape: CallShape) -> int:
     return edges + (params.global_tokens % L > 0)
 
 
+def flops(params: BigBirdParams, shape: CallShape) -> float:
+    """Drawn blocks that the window or the global tokens hold whole are not computed again."""
+    w, L, first = params.window, params.block_size, params.global_tokens
+    near = window_pairs(shape, w, first, 0 if shape.causal else first)
+    if L == 1:
+        return attention_flops(shape, near + shape.num_rows * params.num_random)
+    covered = first // L + max(0, (w // L - 1) if shape.causal else 2 * (w // L) - 1)
+    return attention_flops(shape, near + drawn_pairs(shape, params.num_random, L, covered))
+
+
 BACKEND = Backend(
     name="bigbird",
     summary="A sliding window, global tokens and random keys together (BigBird).",
@@ -112,6 +139,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Bidirectional and with at least one global token it meets Yun et al.'s three conditions with s = 2. "
         "In a causal model a token is reached by earlier ones only, the paper's s is infinite and its "

@@ -13,16 +13,29 @@ afforded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
 from kernels.math.accumulate import accumulator, result
+from kernels.math.decode_rows import decode_runs
+from kernels.math.flops import attention_flops, exact_pairs
 from kernels.math.masked import masked_attention
-from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+from kernels.math.spans import Ints, RowRuns, Span, SpanPattern, add_spans, plan_for
 from kernels.math.workspace import panels
 
 _ONE_TILE = 1 << 40
@@ -45,6 +58,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> 
     return result(acc, q, began, dropped=torch.zeros_like(acc.lse))
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: ExactParams, call: Call) -> PackedResult:
+    return decode_runs(q, segments, _every_key, call, nothing_dropped=True)
+
+
+def _every_key(position: int) -> RowRuns:
+    return RowRuns((slice(0, position + 1, 1),), position + 1)
+
+
 def _all_keys(rows: Ints, num_keys: int) -> list[Span]:
     return [Span(np.zeros_like(rows), np.full_like(rows, num_keys))]
 
@@ -63,6 +84,10 @@ def workspace(params: ExactParams, shape: CallShape) -> Workspace:
     return panels(shape, shape.num_rows, shape.num_keys, parts=2 if shape.num_keys > shape.num_rows else 1)
 
 
+def flops(params: ExactParams, shape: CallShape) -> float:
+    return attention_flops(shape, exact_pairs(shape))
+
+
 BACKEND = Backend(
     name="exact",
     summary="Softmax attention over every pair.",
@@ -79,5 +104,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions="Nothing is approximated.",
 )

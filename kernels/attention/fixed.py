@@ -13,16 +13,28 @@ When not to use it: with a model that was not trained so: the summary tokens are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.combine import Combine, add_combined, combined_keep
+from kernels.math.decode_rows import decode_spans
+from kernels.math.flops import attention_flops, begins, own_pairs, stairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
 from kernels.math.workspace import one_after_another, spans
@@ -59,6 +71,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) -> 
         patterns=[lambda part: _add(part, w, _block_spans), lambda part: _add(part, w, _summary_spans)],
     )
     return result(acc, q, began)
+
+
+def decode(q: Tensor, segments: Sequence[Segment], params: FixedParams, call: Call) -> PackedResult | None:
+    """Where heads keep different patterns, each row has a call of its own."""
+    if params.combine == "multihead":
+        return None
+    in_turn = params.combine == "sequential"
+    spans = (_block_spans, _summary_spans)[call.layer % 2] if in_turn else _union_spans
+    return decode_spans(q, segments, _pattern(params.stride, True, spans, (0, 1), _SUMMARY_TILE), call)
 
 
 def _add(acc: Accumulator, w: int, spans: Spans) -> None:
@@ -115,6 +136,45 @@ def workspace(params: FixedParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: FixedParams, shape: CallShape) -> float:
+    """Heads that take turns are counted by head, layers that do as their mean."""
+    w = params.stride
+    block, summaries = _block_pairs(w, shape), _summary_pairs(w, shape)
+    if params.combine == "union":
+        return attention_flops(shape, block + summaries)
+    share = 0.5 if params.combine == "sequential" else (shape.num_heads // 2) / shape.num_heads
+    itself = 1.0 if shape.num_rows == 1 else own_pairs(shape, _block_tile(w), 1)
+    return attention_flops(shape, (1.0 - share) * block + share * (itself + summaries))
+
+
+def _block_pairs(w: int, shape: CallShape) -> float:
+    """Tiles of whole blocks over their keys; blocks beyond 512 in tiles of 256 rows over the block so far."""
+    start, tile = shape.num_keys - shape.num_rows, _block_tile(w)
+    if shape.num_rows == 1 and shape.causal:
+        return _last_block(w, shape)
+    if w <= tile:
+        return max(own_pairs(shape, tile, 1), _last_block(w, shape))
+    if not shape.causal:  # tiles that a border cuts see both blocks
+        return own_pairs(shape, w, 1) + (shape.num_keys - 1) // w * tile * w
+    back = min(tile, shape.num_rows) // 2
+    blocks = begins(max(start - back, 0), max(shape.num_keys - back, 0), w)
+    return max(float(stairs(start, shape.num_keys, tile) - blocks), _last_block(w, shape))
+
+
+def _last_block(w: int, shape: CallShape) -> float:
+    return float((shape.num_keys - 1) % w + 1)
+
+
+def _summary_pairs(w: int, shape: CallShape) -> float:
+    N, M = shape.num_rows, shape.num_keys
+    if not shape.causal:
+        return float(N * (M // w))
+    if N == 1:
+        return float(M // w)
+    last = 1.0 if _SUMMARY_TILE % w == 0 else 0.5
+    return max(stairs(M - N, M, _SUMMARY_TILE) / w - last * N, float((M - 1) // w))
+
+
 BACKEND = Backend(
     name="fixed",
     summary="The own block, and the last token of every block as its summary (sparse transformers).",
@@ -131,6 +191,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Bidirectional, and where stride divides N, it meets Yun et al.'s three conditions under every "
         "combine mode, with every token reached within 2 layers (3 where a model's first layer has the "

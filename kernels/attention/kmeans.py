@@ -23,7 +23,8 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
 from kernels.math.bucket_attention import Bucketing, bucket_attention, bucket_reference
 from kernels.math.bucket_workspace import bucket_workspace
-from kernels.math.clusters import KMeansParams, kmeans_codes, kmeans_reach
+from kernels.math.clusters import MAX_TRAIN_KEYS, KMeansParams, kmeans_codes, kmeans_flops, kmeans_reach
+from kernels.math.flops import bucket_flops, coded_keys, kmeans_buckets
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: KMeansParams, call: Call) -> AttentionResult:
@@ -49,6 +50,15 @@ def workspace(params: KMeansParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: KMeansParams, shape: CallShape) -> float:
+    """Assumes the keys of a row's clusters that ``bucket_pairs`` names."""
+    rows, keys = shape.num_rows * shape.num_heads // shape.num_kv_heads, shape.num_keys
+    coded = coded_keys(shape, kmeans_reach(params))
+    fitted = min(keys, params.train_keys if shape.causal else MAX_TRAIN_KEYS) if coded == keys else 0
+    coding = kmeans_flops(params, rows, coded, shape.key_dim, fitted)
+    return bucket_flops(shape, kmeans_buckets(params), coding * shape.num_kv_heads)
+
+
 BACKEND = Backend(
     name="kmeans",
     summary="Keys of the clusters that a row likes best, beside a window and the first tokens; not trained.",
@@ -66,6 +76,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "A cluster is as good as its centroid speaks for its keys, and no more than its cluster_size most "
         "recent or nearest keys are kept: no bound on what is missed holds; dropped_mass measures it on "

@@ -27,7 +27,8 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.bucket_attention import Bucketing, bucket_attention, bucket_reference
 from kernels.math.bucket_workspace import bucket_workspace
-from kernels.math.hashing import LshParams, lsh_codes, lsh_reach, rotations_bytes
+from kernels.math.flops import bucket_flops, coded_keys, lsh_buckets
+from kernels.math.hashing import LshParams, lsh_codes, lsh_flops, lsh_reach, rotations_bytes
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: LshParams, call: Call) -> AttentionResult:
@@ -64,6 +65,13 @@ def workspace(params: LshParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: LshParams, shape: CallShape) -> float:
+    """Assumes the keys of a row's buckets that ``bucket_pairs`` names; smyrf's clusters are of equal size."""
+    rows = shape.num_rows * shape.num_heads // shape.num_kv_heads
+    hashing = lsh_flops(params, rows, coded_keys(shape, lsh_reach(params)), shape.key_dim)
+    return bucket_flops(shape, lsh_buckets(params, shape), hashing * shape.num_kv_heads)
+
+
 BACKEND = Backend(
     name="lsh",
     summary="Keys that hash into a row's buckets, beside a window and the first tokens (Reformer, SMYRF).",
@@ -81,6 +89,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "Which keys a hash finds depends on angles, not on logits: no bound on what is missed holds for "
         "given data; dropped_mass measures it on every 256th row. Variant "

@@ -165,12 +165,19 @@ def _stats(
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, params: NystromParams) -> int:
     (B, H, N, D), (_, Hk, M, Dv) = q.shape, v.shape
+    return B * flops(params, CallShape(N, M, H, Hk, D, Dv, q.element_size(), causal=False))
+
+
+def flops(params: NystromParams, shape: CallShape) -> int:
+    """Of one sequence: nothing here depends on the data."""
+    N, M, H, Hk = shape.num_rows, shape.num_keys, shape.num_heads, shape.num_kv_heads
+    D, Dv = shape.key_dim, shape.value_dim
     m, n = min(params.num_landmarks, N), min(params.num_landmarks, M)
     means = H * N * D + Hk * M * D
     softmaxes = 2 * (N * n + m * M) * (D + Dv) + 2 * m * n * D
     steps = params.num_iterations * (6 * m * m * m + 2 * m * m * (m + n)) if params.pinv == "iterative" else 0
     inverse = steps or _SVD_FLOPS * max(m, n) * min(m, n) ** 2
-    return B * (means + H * (softmaxes + inverse + 2 * n * m * Dv))
+    return means + H * (softmaxes + inverse + 2 * n * m * Dv)
 
 
 def workspace(params: NystromParams, shape: CallShape) -> Workspace:
@@ -216,6 +223,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "Encoders only: a landmark is a mean over the whole call. The paper's learned convolution is left "
         "out. Nothing bounds the error: it is small where attention varies slowly along the sequence, and "

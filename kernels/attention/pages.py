@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
 from kernels.math.block_lists import BlockLists
+from kernels.math.flops import begins, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
 from kernels.math.selected_row import runs_as_row, selected_row
@@ -137,6 +138,15 @@ def workspace(params: PagesParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: PagesParams, shape: CallShape) -> float:
+    """Two products for every row and page before its tile (bidirectional: every page)."""
+    start, T, L = shape.num_keys - shape.num_rows, params.query_tile, params.block_size
+    pages = begins(start, shape.num_keys, T) / L
+    if not shape.causal:
+        pages = shape.num_rows * (shape.num_keys // L)
+    return selected_flops(params, shape, _PRODUCTS * pages)
+
+
 BACKEND = Backend(
     name="pages",
     summary="The key blocks whose bounds allow the largest logits (Quest): decode reads little of the cache.",
@@ -153,6 +163,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "A page's bound is never below its largest logit, but it can be far above: a page with large, "
         "scattered keys may displace one that matters. The paper applies it to decode only, and keeps the "

@@ -28,6 +28,7 @@ from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabili
 from kernels.math.accumulate import pairs_exact
 from kernels.math.dense import accumulator_dtype, grouped
 from kernels.math.features import FeatureParams, feature_map, key_centre
+from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.linear_attention import feature_attention, feature_flops, feature_workspace
 from kernels.math.masked import masked_attention
 from kernels.math.spans import span_attention
@@ -159,6 +160,21 @@ def workspace(params: PerformerParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: PerformerParams, shape: CallShape) -> float:
+    """Rows before ``centre_keys`` attend exactly, the others over features; a causal call adds its own keys
+    to the sums that are kept."""
+    N, start = shape.num_rows, shape.num_keys - shape.num_rows
+    exact_rows = min(max(params.centre_keys - start, 0), N) if shape.causal else 0
+    rows, keys = N - exact_rows, N if shape.causal else shape.num_keys
+    exact = 0.0
+    if exact_rows:
+        first = replace(shape, num_rows=exact_rows, num_keys=start + exact_rows)
+        exact = attention_flops(shape, window_pairs(first, params.centre_keys))
+    dims = params.num_features, shape.key_dim, shape.value_dim
+    heads = shape.num_heads, shape.num_kv_heads
+    return exact + feature_flops(rows, keys if rows else 0, *heads, dims, shape.causal)
+
+
 BACKEND = Backend(
     name="performer",
     summary="Softmax estimated through random features: linear time, constant memory to decode.",
@@ -177,6 +193,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "The estimate of each kernel value is unbiased, with a relative variance that grows exponentially "
         "with scale |q + k|^2 and falls like 1 / num_features; their quotient is biased. Good for flat "

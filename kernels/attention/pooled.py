@@ -31,7 +31,8 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
 from kernels.math.block_lists import BlockLists
-from kernels.math.mean_query import mean_query_scores, scoring_bytes
+from kernels.math.flops import groups_at_once, halves, selected_flops
+from kernels.math.mean_query import ROWS_AT_ONCE, mean_query_scores, scoring_bytes
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
 from kernels.math.selection import BlockScores, SelectParams
@@ -115,6 +116,15 @@ def workspace(params: PooledParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: PooledParams, shape: CallShape) -> float:
+    """Every key for every group of rows. Under ``mass`` a typical softmax is assumed: ``selected_flops``."""
+    alone, R = shape.num_rows == 1, params.pool_rows
+    if alone:
+        return selected_flops(params, shape, float(shape.num_keys), every_logit=True)
+    step = R * groups_at_once(shape, shape.num_keys, ROWS_AT_ONCE // R)
+    return selected_flops(params, shape, max(halves(shape, step) / R, float(shape.num_keys)))
+
+
 BACKEND = Backend(
     name="pooled",
     summary="Key blocks chosen per query tile by what the mean of every few rows attends to.",
@@ -134,6 +144,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "The choice looks at a whole query tile: a row's result depends on later rows of its tile, and "
         "chunks that end at tile borders change nothing. The estimated mass ranks blocks and is no bound on "

@@ -15,17 +15,30 @@ bigbird.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
 from kernels.math.accumulate import accumulator, result
+from kernels.math.flops import attention_flops, drawn_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.random_keys import BlockSize, num_random_problem, random_keep
 from kernels.math.random_part import add_random
+from kernels.math.random_rows import decode_random
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
 from kernels.math.workspace import one_after_another, random_keys, windows
 
@@ -66,17 +79,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: RandomParams, call: Call) ->
     return result(acc, q, began)
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: RandomParams, call: Call) -> PackedResult | None:
+    return decode_random(q, segments, params, None if params.block_size == 1 else _ITSELF, call)
+
+
 def _own_position(rows: Ints, num_keys: int) -> list[Span]:
     return [Span(rows, rows + 1)]
 
 
-_ITSELF = SpanPattern(key="itself", spans=_own_position, tile=64)
+_ITSELF_TILE = 64
+_ITSELF = SpanPattern(key="itself", spans=_own_position, tile=_ITSELF_TILE)
 
 
 def workspace(params: RandomParams, shape: CallShape) -> Workspace:
     """Single keys have no base; whole blocks have one, the row itself, which cuts no earlier block."""
     drawn = random_keys(shape, params.num_random, params.block_size, base_edges=0 if shape.causal else 1)
     return drawn if params.block_size == 1 else one_after_another(windows(shape, 1, 0), drawn)
+
+
+def flops(params: RandomParams, shape: CallShape) -> float:
+    if params.block_size == 1:
+        return attention_flops(shape, shape.num_rows * (params.num_random + 1.0))
+    itself = shape.num_rows * min(_ITSELF_TILE, shape.num_rows)
+    return attention_flops(shape, itself + drawn_pairs(shape, params.num_random, params.block_size))
 
 
 BACKEND = Backend(
@@ -95,6 +120,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Self loops hold; a Hamiltonian path and finite reachability are likely, not certain "
         "(bidirectional). In a causal model a token is reached by earlier ones only, Yun et al.'s s is "

@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import accumulator, result
 from kernels.math.dense import accumulator_dtype, grouped
+from kernels.math.flops import attention_flops, halves, probe_flops
 from kernels.math.masked import masked_attention
 from kernels.math.probe_rows import probe_dropped_mass
 from kernels.math.rng import bits
@@ -34,6 +35,8 @@ from kernels.math.sbm_part import PAIRS_AT_ONCE, EdgePart
 from kernels.math.sbm_sampler import POINTS_AT_ONCE, ROWS_AT_ONCE, head_stream, row_rates, uniforms
 
 _FP32, _FP64 = 4, 8
+_DENSITY = {"poisson": 0.22, "bernoulli": 0.25}
+"""Of the pairs that rows may see, drawn where every probability is near a quarter."""
 _POINT_BYTES = 90
 """A point while it is drawn, located and made an edge: waits, places, indices and their copies."""
 _PAIR_BYTES = 28
@@ -164,6 +167,20 @@ def _drawing(params: SbmParams, shape: CallShape, C: int) -> int:
     return sums + max(guiding, tile + copied + min(POINTS_AT_ONCE, rows * keys) * _POINT_BYTES)
 
 
+def flops(params: SbmParams, shape: CallShape) -> float:
+    """What clusters a model has learned no size tells: assumes MAX_CLUSTERS of them, and of the pairs that
+    rows may see the share ``_DENSITY`` that the paper's initialisation draws."""
+    N, D, C = shape.num_rows, shape.key_dim, MAX_CLUSTERS
+    seen = halves(shape, 1)
+    share = min(1.0, _DENSITY[params.sampler] + params.exploration)
+    new_keys = N if shape.causal else shape.num_keys
+    group = shape.num_heads // shape.num_kv_heads
+    keys = new_keys * shape.num_kv_heads * (4 * D * D + group * C * (2 * D + 1))
+    rows = N * shape.num_heads * (4 * D * D + 2 * C * D + 2 * C * C + 2 * C)
+    pairs = 2.0 * C * shape.num_heads * N * shape.num_keys if params.sampler == "bernoulli" else 0.0
+    return attention_flops(shape, share * seen) + keys + rows + pairs + probe_flops(shape)
+
+
 BACKEND = Backend(
     name="sbm",
     summary="Keys drawn at random with probabilities that the model has learned from clusters of tokens.",
@@ -182,6 +199,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "The paper shows universality in expectation: with every p above 0, any pattern may be drawn. One "
         "draw need have no self loop, and a row may draw nothing; poisson keeps a pair with 1 - e^-p, a "

@@ -39,6 +39,7 @@ from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabili
 from kernels.math.complement import Support
 from kernels.math.complement_blocks import blocks_attention
 from kernels.math.complement_buckets import buckets_attention
+from kernels.math.complement_flops import complement_flops
 from kernels.math.complement_reference import scatterbrain_reference
 from kernels.math.complement_tiles import tiles_attention
 from kernels.math.complement_window import near_of, window_attention
@@ -194,6 +195,11 @@ def workspace(params: ScatterbrainParams, shape: CallShape) -> Workspace:
     return complement_workspace(params, shape, support, near_of(support, shape.causal))
 
 
+def flops(params: ScatterbrainParams, shape: CallShape) -> float:
+    support = support_of(params)
+    return complement_flops(params, shape, support, near_of(support, shape.causal))
+
+
 BACKEND = Backend(
     name="scatterbrain",
     summary="Exact attention on a sparse support, random features for all keys outside it (Scatterbrain).",
@@ -212,6 +218,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "Numerator and denominator are unbiased over seeds, the quotient is not. It beats both of its halves "
         "where attention is neither flat nor sharp; at equal cost random features alone are better where it "

@@ -14,10 +14,24 @@ they carry no content.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
+from kernels.math.decode_rows import decode_spans
+from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import span_attention
 from kernels.math.window import window_keep, window_pattern
@@ -44,8 +58,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: SinksParams, call: Call) -> 
     return span_attention(q, k, v, window_pattern(params.window, params.sinks, 0, call.causal), call)
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: SinksParams, call: Call) -> PackedResult:
+    return decode_spans(q, segments, window_pattern(params.window, params.sinks, 0, True), call)
+
+
 def workspace(params: SinksParams, shape: CallShape) -> Workspace:
     return windows(shape, params.window, params.sinks)
+
+
+def flops(params: SinksParams, shape: CallShape) -> float:
+    return attention_flops(shape, window_pairs(shape, params.window, params.sinks))
 
 
 BACKEND = Backend(
@@ -64,6 +86,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Visibility only: positions are not re-indexed. Bidirectional, it meets Yun et al.'s three "
         "conditions (arXiv 2006.04862), with as many layers as a window needs to cross the text: sinks are "

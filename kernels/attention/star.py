@@ -14,15 +14,32 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
+from kernels.math.decode_rows import decode_spans
+from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import Ints, Span, SpanPattern, span_attention
 from kernels.math.window import tile_height, window_keep, window_pattern
 from kernels.math.workspace import windows
+
+_WRAP_TILE = 256
+"""Rows per tile of what wraps around the ring, and of the relay."""
 
 
 class StarParams(Params):
@@ -54,6 +71,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: StarParams, call: Call) -> A
     return span_attention(q, k, v, pattern, call)
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: StarParams, call: Call) -> PackedResult:
+    return decode_spans(q, segments, window_pattern(params.window, 1, 0, True), call)
+
+
 def _ring_pattern(window: int, relay: int) -> SpanPattern:
     return SpanPattern(
         key=("star", window),
@@ -74,14 +95,26 @@ def _ring_spans(rows: Ints, relay: int, window: int) -> list[Span]:
     return [
         Span(lo, hi),
         Span(
-            np.where(is_relay, relay + 1, np.minimum(behind, relay)), np.full_like(rows, relay + 1), tile=256
+            np.where(is_relay, relay + 1, np.minimum(behind, relay)),
+            np.full_like(rows, relay + 1),
+            tile=_WRAP_TILE,
         ),
-        Span(zero, np.where(is_relay, 0, ahead), tile=256),
+        Span(zero, np.where(is_relay, 0, ahead), tile=_WRAP_TILE),
     ]
 
 
 def workspace(params: StarParams, shape: CallShape) -> Workspace:
     return windows(shape, params.window, 1)
+
+
+def flops(params: StarParams, shape: CallShape) -> float:
+    """Bidirectional: the band and the relay; tiles at both ends also see what wraps around the ring."""
+    if shape.causal:
+        return attention_flops(shape, window_pairs(shape, params.window, 1))
+    M, w = shape.num_keys, params.window
+    beyond = max(0, M - w)
+    wrapped = 2 * min(_WRAP_TILE, M) * min(w, beyond)
+    return attention_flops(shape, window_pairs(shape, w) + (beyond + M + wrapped) * shape.num_rows / M)
 
 
 BACKEND = Backend(
@@ -100,6 +133,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions with s = 2 (every token within two layers, "
         "through the relay), so O(N) pairs suffice for their approximation theorem, given enough layers. In "

@@ -14,15 +14,28 @@ audio).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.combine import Combine, add_combined, combined_keep
+from kernels.math.decode_rows import decode_spans
+from kernels.math.flops import attention_flops, residue_pairs, window_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.residues import add_residues
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
@@ -58,6 +71,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: StridedParams, call: Call) -
         patterns=[lambda part: _add_band(part, w), lambda part: _add_classes(part, w)],
     )
     return result(acc, q, began)
+
+
+def decode(q: Tensor, segments: Sequence[Segment], params: StridedParams, call: Call) -> PackedResult | None:
+    """Where heads keep different patterns, each row has a call of its own."""
+    if params.combine == "multihead":
+        return None
+    w, in_turn = params.stride, params.combine == "sequential"
+    pattern = (_band, _one_class)[call.layer % 2](w, True) if in_turn else _one_row(w, True)
+    return decode_spans(q, segments, pattern, call)
 
 
 def _add_band(acc: Accumulator, w: int) -> None:
@@ -127,6 +149,18 @@ def workspace(params: StridedParams, shape: CallShape) -> Workspace:
     return one_after_another(band, classes)
 
 
+def flops(params: StridedParams, shape: CallShape) -> float:
+    """Heads that take turns are counted by head, layers that do as their mean."""
+    w, causal = params.stride, shape.causal
+    classes = residue_pairs(shape, w)
+    if params.combine == "union":
+        rest = window_pairs(shape, max(w - 1, 1) if causal else w // 2)
+        return attention_flops(shape, rest + classes)
+    band = window_pairs(shape, w + 1 if causal else w // 2)
+    share = 0.5 if params.combine == "sequential" else (shape.num_heads // 2) / shape.num_heads
+    return attention_flops(shape, (1.0 - share) * band + share * classes)
+
+
 BACKEND = Backend(
     name="strided",
     summary="A local band and every stride-th token (sparse transformers).",
@@ -143,6 +177,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
         "reached within 3 layers. In a causal model a token is reached by earlier ones only, the paper's s "

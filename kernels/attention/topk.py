@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
 from kernels.math.block_lists import BlockLists
+from kernels.math.flops import halves, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
 from kernels.math.selection import BlockScores, SelectParams
@@ -142,6 +143,13 @@ def workspace(params: TopKParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: TopKParams, shape: CallShape) -> float:
+    """Every logit, to choose. Under ``mass`` a typical softmax is assumed: ``selected_flops``."""
+    logits = shape.num_heads // shape.num_kv_heads * shape.num_keys * _FP32
+    step = max(1, min(params.query_tile, LOGIT_BYTES // logits))
+    return selected_flops(params, shape, halves(shape, step), every_logit=True)
+
+
 BACKEND = Backend(
     name="topk",
     summary="Key blocks chosen per query tile by their true softmax mass: for measuring, never fast.",
@@ -158,6 +166,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "No choice of as many blocks per tile and key head keeps more softmax mass; the error of the output "
         "depends on the values too. The choice looks at a whole query tile, as xattention's does."

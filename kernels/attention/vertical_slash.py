@@ -39,6 +39,7 @@ from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
 from kernels.math.accumulate import Accumulator, accumulator, result
+from kernels.math.flops import attention_flops, begins, mean_of, own_pairs, tile_ends
 from kernels.math.masked import masked_attention
 from kernels.math.per_layer import Count, largest, of_layer, size_problems
 from kernels.math.query_tiles import QueryTiles, query_tiles
@@ -47,6 +48,9 @@ from kernels.math.vertical_slash import Chooser, choice_bytes, place_of
 from kernels.math.vertical_slash_part import KeyRows, add_choice, part_bytes, tile_rows
 from kernels.math.vertical_slash_reference import Sizes, kept_pairs
 from kernels.math.workspace import spans
+
+_USED = 0.8
+"""Of a tile's slashes, those that a query block can use: near diagonals reach into the own keys."""
 
 
 class VerticalSlashParams(Params):
@@ -168,6 +172,31 @@ def workspace(params: VerticalSlashParams, shape: CallShape) -> Workspace:
     return Workspace(own.live_bytes + extra, shared_bytes=own.shared_bytes)
 
 
+def flops(params: VerticalSlashParams, shape: CallShape) -> float:
+    """Own keys, the probe rows' logits of every tile that has to choose, and what it chooses. Assumes that
+    every query block can use ``_USED`` of the slashes."""
+    T, L, stop = params.query_tile, params.block_size, shape.num_keys
+    start, own = stop - shape.num_rows, own_pairs(shape, T, L)
+    columns, slashes = mean_of(params.num_verticals), mean_of(params.num_slashes)
+    chosen = columns + _USED * slashes * L
+    probes = min(params.probe_rows, shape.num_rows)
+    if not shape.causal:
+        candidates = max(0, stop // L * L - T)
+        if columns >= candidates or slashes >= (candidates + T) // L:
+            return attention_flops(shape, own + shape.num_rows * candidates)
+        tiles = -(-shape.num_rows // T)
+        return attention_flops(shape, own + shape.num_rows * min(chosen, candidates), tiles * probes * stop)
+    # tiles up to the one at ``bend`` keep all that lies before them
+    bend = (max(int(columns), int(slashes + 1) * L - min(T, shape.num_rows)) // T + 1) * T
+    early, late = min(stop, bend), max(start, bend)
+    pairs = float(begins(start, early, T)) if early > start else 0.0
+    scored = 0.0
+    if stop > late:
+        pairs += (stop - late) * min(chosen, float(late // T * T))
+        scored = probes * tile_ends(late, stop, T)
+    return attention_flops(shape, own + pairs, scored)
+
+
 BACKEND = Backend(
     name="vertical_slash",
     summary="A few keys that all rows look at and a few diagonals, found by probing some rows (MInference).",
@@ -184,6 +213,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "The choice looks at a whole query tile: a row's result depends on later rows of its tile, and "
         "chunks that end at tile borders change nothing. It is as good as the probed rows speak for the "

@@ -12,10 +12,24 @@ without a window and leans on its first tokens (take sinks, or a few global toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Params, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Params,
+    Segment,
+    Workspace,
+)
+from kernels.math.decode_rows import decode_spans
+from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.spans import span_attention
 from kernels.math.window import window_keep, window_pattern
@@ -50,8 +64,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: WindowParams, call: Call) ->
     return span_attention(q, k, v, pattern, call)
 
 
+def decode(q: Tensor, segments: Sequence[Segment], params: WindowParams, call: Call) -> PackedResult:
+    return decode_spans(q, segments, window_pattern(params.window, params.global_tokens, 0, True), call)
+
+
 def workspace(params: WindowParams, shape: CallShape) -> Workspace:
     return windows(shape, params.window, params.global_tokens)
+
+
+def flops(params: WindowParams, shape: CallShape) -> float:
+    full_rows = 0 if shape.causal else params.global_tokens
+    return attention_flops(shape, window_pairs(shape, params.window, params.global_tokens, full_rows))
 
 
 BACKEND = Backend(
@@ -70,6 +93,8 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
+    decode=decode,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions (arXiv 2006.04862): self loops, a Hamiltonian "
         "path, and every token reached within (N - 1) / window layers, or within 2 with a global token. In a "

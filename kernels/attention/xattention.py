@@ -27,8 +27,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
-from kernels.math.antidiagonal import antidiagonal_scores, scoring_bytes
+from kernels.math.antidiagonal import CAUSAL_GROUPS, antidiagonal_scores, scoring_bytes
 from kernels.math.block_lists import BlockLists
+from kernels.math.flops import groups_at_once, halves, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
 from kernels.math.selection import BlockScores, SelectParams
@@ -116,6 +117,13 @@ def workspace(params: XAttentionParams, shape: CallShape) -> Workspace:
     )
 
 
+def flops(params: XAttentionParams, shape: CallShape) -> float:
+    """A key in ``stride`` for every row. Under ``mass`` a typical softmax is assumed: ``selected_flops``."""
+    most = CAUSAL_GROUPS if shape.causal else shape.num_rows
+    step = params.stride * groups_at_once(shape, shape.num_keys / params.stride, most)
+    return selected_flops(params, shape, halves(shape, step) / params.stride)
+
+
 BACKEND = Backend(
     name="xattention",
     summary="Key blocks chosen per query tile by sums along antidiagonals of their logits (XAttention).",
@@ -132,6 +140,7 @@ BACKEND = Backend(
     ),
     impls={"reference": reference, "torch": attend},
     workspace=workspace,
+    flops=flops,
     conditions=(
         "The choice looks at a whole query tile: a row's result depends on later rows of its tile, and "
         "chunks that end at tile borders change nothing. The estimated mass ranks blocks and is no bound on "

@@ -21,7 +21,7 @@ from kernels.math.spans import Ints
 
 PANEL_ELEMENTS = 1 << 18
 """Score elements of the panels that run as one batch: they stay in a core's cache."""
-_WIDTH_STEP = 32
+WIDTH_STEP = 32
 Codes16 = npt.NDArray[np.integer]
 
 
@@ -138,7 +138,7 @@ def batches(round_: Round, earlier: list[Round], cluster_size: int, device: torc
     """The pairs of a round that no earlier round of another table has found."""
     height = panel_rows(cluster_size)
     begins, ends = _cut(round_, height, cluster_size + height)
-    widths = -(-(round_.hi[ends - 1] - round_.lo[begins]) // _WIDTH_STEP) * _WIDTH_STEP
+    widths = -(-(round_.hi[ends - 1] - round_.lo[begins]) // WIDTH_STEP) * WIDTH_STEP
     narrow_first = np.argsort(widths, kind="stable")
     others = [other for other in earlier if other.number != round_.number]
     for some in _batched(widths[narrow_first].tolist(), PANEL_ELEMENTS // height):

@@ -20,15 +20,27 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], scale: fl
     if q.shape[0] > 1:
         rows = [attend_row(q[b : b + 1], k[b : b + 1], v[b : b + 1], runs, scale) for b in range(q.shape[0])]
         return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
-    query = q[0, :, :, 0] * scale
-    keys, values = k[0], v[0]
-    scores = [torch.bmm(query, keys[:, run].to(q.dtype).mT) for run in runs]
-    weights, lse = softmax_lse(scores[0] if len(scores) == 1 else torch.cat(scores, -1))
-    parts = torch.split(weights, [part.shape[-1] for part in scores], -1) if len(scores) > 1 else (weights,)
-    out = torch.bmm(parts[0], values[:, runs[0]].to(q.dtype))
+    scores = scores_of_runs(q[0, :, :, 0] * scale, k[0], runs)
+    weights, lse = softmax_lse(scores)
+    return values_of_runs(weights, v[0], runs)[None, :, :, None], lse[None, :, :, None]
+
+
+def scores_of_runs(query: Tensor, keys: Tensor, runs: Sequence[slice]) -> Tensor:
+    """query [Hk, G, D], already scaled, with keys [Hk, M, D] -> [Hk, G, the runs' keys in their order]."""
+    scores = [torch.bmm(query, keys[:, run].to(query.dtype).mT) for run in runs]
+    return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+
+
+def values_of_runs(weights: Tensor, values: Tensor, runs: Sequence[slice]) -> Tensor:
+    """weights as ``scores_of_runs`` orders them, values [Hk, M, Dv] -> [Hk, G, Dv]."""
+    if len(runs) == 1:
+        return torch.bmm(weights, values[:, runs[0]].to(weights.dtype))
+    lengths = [len(range(run.start, run.stop, run.step or 1)) for run in runs]
+    parts = torch.split(weights, lengths, -1)
+    out = torch.bmm(parts[0], values[:, runs[0]].to(weights.dtype))
     for part, run in zip(parts[1:], runs[1:], strict=True):
-        out.baddbmm_(part, values[:, run].to(q.dtype))
-    return out[None, :, :, None], lse[None, :, :, None]
+        out.baddbmm_(part, values[:, run].to(weights.dtype))
+    return out
 
 
 def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,19 @@ on the chunk that asks nor on the batch around it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels.contract import Call
 from kernels.math.rng import below, bits, fold
 
+Ints = npt.NDArray[np.int64]
 BlockSize = Literal[1, 32, 64, 128]
 _ROWS, _BLOCKS = 0, 1
 
@@ -57,6 +61,23 @@ def block_draws(call: Call, num_key_heads: int, blocks: Tensor, num_draws: int, 
     return torch.where(blocks[:, None] > 0, below(drawn, blocks[:, None]), -1)
 
 
+def draws_of_rows(
+    layer: int, seeds: Sequence[int], rows: Ints, num_heads: int, num_draws: int, *, blocks: bool
+) -> Ints:
+    """What ``row_draws`` and, for ``blocks``, ``block_draws`` say of one causal row (or query block) of each
+    of many sequences: seeds and rows [S] -> [S, num_heads, num_draws]."""
+    kind = _BLOCKS if blocks else _ROWS
+    streams = torch.stack(
+        [_head_streams(seed, layer, kind, num_heads, torch.device("cpu")) for seed in seeds]
+    )
+    places = torch.from_numpy(rows)[:, None]
+    drawn = bits(bits(streams, places)[..., None], torch.arange(num_draws))
+    bound = places[..., None] if blocks else places[..., None] + 1
+    drawn = torch.where(bound > 0, below(drawn, bound), -1)
+    found: Ints = drawn.numpy()
+    return found
+
+
 def random_keep(
     call: Call, params: RandomParams, num_heads: int, num_key_heads: int, i: Tensor, j: Tensor
 ) -> Tensor:
@@ -78,6 +99,6 @@ def _bits(call: Call, kind: int, num_heads: int, rows: Tensor, num_draws: int) -
     return bits(bits(streams[:, None], rows)[..., None], draws)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1 << 13)
 def _head_streams(seed: int, layer: int, kind: int, num_heads: int, device: torch.device) -> Tensor:
     return torch.tensor([fold(seed, layer, kind, head) for head in range(num_heads)], device=device)

@@ -143,6 +143,32 @@ class SpanPattern:
     cuts: tuple[int, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class RowRuns:
+    """The keys that a single row keeps, as disjoint runs, and how many they are."""
+
+    runs: tuple[slice, ...]
+    kept: int
+
+    @property
+    def nbytes(self) -> int:
+        return 200 * len(self.runs)
+
+
+def row_runs(pattern: SpanPattern, position: int) -> RowRuns:
+    """What a causal pattern says about the row at ``position``, cached: every layer asks again."""
+    return PLANS.get(("row", pattern.key, position), lambda: _row_runs(pattern, position))
+
+
+def _row_runs(pattern: SpanPattern, position: int) -> RowRuns:
+    runs = _plan_of_row(pattern, np.array([position], dtype=np.int64), position + 1)
+    return RowRuns(runs, num_keys_of(runs))
+
+
+def num_keys_of(runs: Sequence[slice]) -> int:
+    return sum(len(range(run.start, run.stop, run.step)) for run in runs)
+
+
 def span_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SpanPattern, call: Call) -> AttentionResult:
     """A whole call over a pattern that is nothing but spans."""
     began = perf_counter()
@@ -184,7 +210,7 @@ def _add_row(acc: Accumulator, plan: SpanPlan) -> None:
     else:
         part = torch.zeros_like(out), torch.full_like(lse, -math.inf)
     acc.put_into(out, lse, *part)
-    kept = sum(len(range(run.start, run.stop, run.step)) for run in plan.runs) * acc.num_heads
+    kept = num_keys_of(plan.runs) * acc.num_heads
     acc.complete(kept, kept)
 
 
@@ -280,9 +306,9 @@ class _Target:
 
 def _plan(pattern: SpanPattern, start: int, num_rows: int, num_keys: int, target: _Target) -> SpanPlan:
     rows = np.arange(start, start + num_rows, dtype=np.int64)
-    spans = [s for s in pattern.spans(rows, num_keys) if bool((s.hi > s.lo).any())]
     if num_rows == 1:
-        return SpanPlan((), tuple(_runs(spans, start)))
+        return SpanPlan((), _plan_of_row(pattern, rows, num_keys))
+    spans = [s for s in pattern.spans(rows, num_keys) if bool((s.hi > s.lo).any())]
     height = pattern.tile if isinstance(pattern.tile, int) else pattern.tile(target.group)
     by_height: dict[int, list[Span]] = {} if spans else {height: []}
     for span in spans:
@@ -291,6 +317,10 @@ def _plan(pattern: SpanPattern, start: int, num_rows: int, num_keys: int, target
     join = not isinstance(pattern.tile, int)
     parts = [_part(own, rows, tile, cuts, join, target) for tile, own in by_height.items()]
     return SpanPlan(tuple(parts), masked=_masked_range(parts))
+
+
+def _plan_of_row(pattern: SpanPattern, row: Ints, num_keys: int) -> tuple[slice, ...]:
+    return tuple(_runs(pattern.spans(row, num_keys), int(row[0])))
 
 
 def _part(

@@ -21,15 +21,16 @@ ADMISSION_ERRORS = (
     "draining",
     "engine_unhealthy",
 )
+QUEUE_ERRORS = ("queue_full", "token_budget_exhausted", "cost_budget_exhausted")
 RUN_ERRORS = (
     *ADMISSION_ERRORS,
+    *QUEUE_ERRORS,
     "invalid_attention_params",
     "attention_not_supported",
     "context_length_exceeded",
     "empty_input",
     "never_fits_memory",
-    "queue_full",
-    "token_budget_exhausted",
+    "model_unloaded",
     "internal_error",
     "non_finite_output",
     "deadline_exceeded",

@@ -17,7 +17,7 @@ from service.answers import (
 )
 from service.attention import choose, parse
 from service.errors import ApiError, invalid
-from service.flow import Flow
+from service.flow import Asked, Flow
 from service.inputs import Reading, Tokens
 from service.jobs import Job
 from service.pooling import Chunk, check_chunking, chunks_of, finish, num_chunks, pool
@@ -139,12 +139,12 @@ def encode_job(
         EncodeSequence(i, tokens.token_ids, choice, chunkable=chunkable, pooling=kept)
         for i, tokens in enumerate(inputs)
     ]
-    return flow.job(prefix, model, sequences, attended, timeout_ms=body.timeout_ms), sequences
+    return flow.job(prefix, model, sequences, attended, Asked(body.timeout_ms, body.priority)), sequences
 
 
 def count_truncation(flow: Flow, inputs: list[Tokens]) -> None:
     cut = [tokens.truncated_tokens for tokens in inputs if tokens.truncated_tokens]
-    if cut:
+    if cut and flow.record.model in flow.runtime.models:
         flow.runtime.metrics.truncated_inputs.labels(flow.record.model).inc(len(cut))
         flow.runtime.metrics.truncated_tokens.labels(flow.record.model).inc(sum(cut))
 

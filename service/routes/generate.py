@@ -21,7 +21,7 @@ from service.answers import (
     usage_of,
 )
 from service.attention import parse_pair
-from service.flow import Flow
+from service.flow import Asked, Flow
 from service.generation import (
     Wanted,
     attended_pair,
@@ -99,8 +99,9 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     wanted = Wanted(body.max_new_tokens, sampling, stops_of(body.stop), body.n)
     check_output(body.n, wanted, flow.runtime.settings, "max_new_tokens")
     prompt = await flow.tokenise(lambda: reading.read(body.prompt, "prompt"), body.timeout_ms)
-    sequences = sequences_of([prompt], wanted, model, attended)
-    job = flow.job("gen_", model, sequences, attended, timeout_ms=body.timeout_ms, stream=body.stream)
+    sequences = sequences_of([prompt], wanted, model, attended, body.cache_salt or "")
+    asked = Asked(body.timeout_ms, body.priority, body.stream)
+    job = flow.job("gen_", model, sequences, attended, asked)
     made = _Made(flow, job, sequences, prompt)
     count_truncation(flow, [prompt])
 

@@ -9,12 +9,17 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from service.errors import ApiError
 from service.problems import documented
+from service.routes.common import QUEUE_ERRORS
 from service.runtime import Runtime
 
 router = APIRouter(tags=["health"])
-NOT_READY = ("loading", "draining", "engine_unhealthy", "queue_full")
+NOT_READY = (
+    "loading",
+    "draining",
+    "engine_unhealthy",
+    *QUEUE_ERRORS,
+)
 
 
 class Health(BaseModel):
@@ -22,18 +27,22 @@ class Health(BaseModel):
 
 
 @router.get(
-    "/livez", response_model=Health, responses=documented("engine_unhealthy"), summary="Is the process alive?"
+    "/livez",
+    response_model=Health,
+    responses=documented("engine_unhealthy"),
+    summary="Is the process alive?",
 )
 async def livez(request: Request) -> Health:
     runtime: Runtime = request.app.state.runtime
     if not runtime.engine.healthy and runtime.phase != "draining":
-        raise ApiError("engine_unhealthy", "The engine thread has stopped; restart the server.")
+        raise runtime.unhealthy()
     return Health(status="ok")
 
 
 @router.get("/readyz", response_model=Health, responses=documented(*NOT_READY), summary="Ready?")
 async def readyz(request: Request) -> Health:
-    """Does it take work now? 503 while loading or draining, 429 while the queue is full."""
+    """Does it take work now? 503 while loading (with how far it has come) or draining, 429 while the queue is
+    full."""
     runtime: Runtime = request.app.state.runtime
     runtime.check_open()
     return Health(status="ok")
@@ -42,7 +51,7 @@ async def readyz(request: Request) -> Health:
 @router.get(
     "/health",
     response_model=Health,
-    responses=documented("loading", "draining", "queue_full"),
+    responses=documented(*NOT_READY),
     summary="As /readyz",
 )
 async def health(request: Request) -> Health:

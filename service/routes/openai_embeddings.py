@@ -13,7 +13,7 @@ from starlette.responses import Response
 from service.answers import Attended, AttentionUsed, attention_of
 from service.attention import choose, parse
 from service.errors import invalid
-from service.flow import Flow
+from service.flow import Asked, Flow
 from service.inputs import Reading
 from service.openai_schemas import EmbeddingsRequest
 from service.pooling import finish, pool
@@ -67,7 +67,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         EncodeSequence(i, tokens.token_ids, choice, chunkable=info.causal, pooling=pooling)
         for i, tokens in enumerate(inputs)
     ]
-    job = flow.job("embd-", model, sequences, attended, timeout_ms=body.timeout_ms)
+    job = flow.job("embd-", model, sequences, attended, Asked(body.timeout_ms, body.priority or 0))
     await flow.run(job)
 
     def render() -> list[EmbeddingObject]:

@@ -14,7 +14,7 @@ from models.contract import ModelError, ServedModel
 from service.answers import Attended, attention_of, stats_of, usage_of
 from service.attention import parse_pair
 from service.errors import invalid
-from service.flow import Flow
+from service.flow import Asked, Flow
 from service.generation import (
     Wanted,
     attended_pair,
@@ -32,6 +32,7 @@ from service.openai_answers import (
     CompletionAnswer,
     CompletionShape,
     OpenAIEvents,
+    OpenAIUsage,
     Shape,
 )
 from service.openai_schemas import ChatRequest, CompletionRequest
@@ -109,9 +110,10 @@ async def _answer(
     wanted = Wanted(max_new_tokens, sampling, stops_of(body.stop), body.n or 1)
     check_output(len(prompts) * wanted.n, wanted, flow.runtime.settings, named)
     attended = attended_pair(parse_pair(body.attention, seed=body.seed or 0), model)
-    sequences = sequences_of(prompts, wanted, model, attended)
+    sequences = sequences_of(prompts, wanted, model, attended, body.salt)
     stream = bool(body.stream)
-    job = flow.job(shape.prefix, model, sequences, attended, timeout_ms=body.timeout_ms, stream=stream)
+    asked = Asked(body.timeout_ms, body.priority or 0, stream)
+    job = flow.job(shape.prefix, model, sequences, attended, asked)
     used = sum(len(prompt.token_ids) for prompt in prompts)
 
     def finish() -> None:
@@ -133,7 +135,7 @@ async def _answer(
 
 def _measured(flow: Flow, job: Job, attended: Attended) -> dict[str, Any]:
     return {
-        "usage": usage_of(flow.record),
+        "usage": OpenAIUsage.of(usage_of(flow.record)),
         "attention": attention_of(job, attended),
         "stats": stats_of(job, flow.record, flow.runtime.clock()),
     }

@@ -12,7 +12,7 @@ from models.contract import Choice, Tokenizer
 from service.answers import Attended, Score, ScoreAnswer, attention_of, stats_of, usage_of
 from service.attention import choose, parse, selects_by_tile
 from service.errors import ApiError, invalid
-from service.flow import Flow
+from service.flow import Asked, Flow
 from service.inputs import Reading, Tokens
 from service.problems import documented
 from service.routes.common import ADMISSION_ERRORS, RUN_ERRORS, input_list
@@ -50,7 +50,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
             "input has one token; scoring needs at least two (the first has nothing before it)", "input"
         )
     sequence = ScoreSequence(tokens.token_ids, attended.prefill.choice)
-    job = flow.job("score_", model, [sequence], attended, timeout_ms=body.timeout_ms)
+    job = flow.job("score_", model, [sequence], attended, Asked(body.timeout_ms, body.priority))
     await flow.run(job)
     scored = await flow.offload(lambda: _score(sequence.scores, tokens, model.tokenizer))
     now = flow.finish(job, attended, input_tokens=len(tokens.token_ids))

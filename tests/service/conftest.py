@@ -74,6 +74,8 @@ def serving(*models: FakeModel, **settings: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
+    for model in named.values():
+        model.check_idle()
 
 
 @contextmanager
@@ -81,6 +83,8 @@ def in_process(*models: FakeModel, **settings: Any) -> Iterator[TestClient]:
     named = {model.info.name: model for model in models or (encoder(), decoder())}
     with TestClient(create_app(make_settings(**settings), named)) as client:
         yield client
+    for model in named.values():
+        model.check_idle()
 
 
 @pytest.fixture(scope="module")

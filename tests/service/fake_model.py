@@ -3,12 +3,15 @@ depend on.
 
 The output of position i depends on the tokens read so far, one by one, and on the choice (backend, params,
 seed) under which each was read. Mixing up requests, choices, chunks or positions therefore changes the
-numbers, while chunking and batching as such do not.
+numbers, while chunking and batching as such do not. What a cache is spared to read gives the same numbers as
+what is read.
+
+It notes every misuse of the contract in ``misuse``: a sequence that is stepped, forked or closed while it
+belongs to a begun forward, a second thread, a forward that is neither finished nor closed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,60 +22,27 @@ from torch import Tensor
 
 from kernels.contract import Params
 from models.contract import (
+    CacheUse,
     Choice,
-    Encoding,
-    ModelError,
+    Flops,
     ModelInfo,
+    Prompt,
+    SequenceState,
     Slice,
     SliceResult,
     StepResult,
+    Want,
     Work,
 )
 from models.errors import NonFiniteOutput
+from tests.service.fake_pages import START, FakePages, mix, numbers
+from tests.service.fake_tokenizer import BOS, CLS, EOS, NUM_BYTES, SEP, VOCAB, ByteTokenizer
+
+__all__ = ["BOS", "CLS", "EOS", "SEP", "WIDTH", "ByteTokenizer", "FakeModel", "decoder", "encoder", "slow"]
 
 WIDTH = 16
-NUM_BYTES = 256
-BOS, EOS, CLS, SEP = 256, 257, 258, 259
-VOCAB = 260
 BYTES_PER_TOKEN = 1000
 WORKSPACE_PER_TOKEN = 50
-MASK = (1 << 64) - 1
-
-
-class ByteTokenizer:
-    """One token per UTF-8 byte; special tokens around the text as the kind of model wants them."""
-
-    def __init__(self, before: tuple[int, ...] = (), after: tuple[int, ...] = (), chat: bool = True) -> None:
-        self._before, self._after, self._chat = before, after, chat
-        self.threads: set[str] = set()
-
-    @property
-    def vocab_size(self) -> int:
-        return VOCAB
-
-    def encode(self, text: str, *, special_tokens: bool = True) -> Encoding:
-        self.threads.add(threading.current_thread().name)
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for i, char in enumerate(text):
-            for byte in char.encode("utf-8"):
-                ids.append(byte)
-                spans.append((i, i + 1))
-        if special_tokens:
-            ids = [*self._before, *ids, *self._after]
-            spans = [*[(0, 0)] * len(self._before), *spans, *[(0, 0)] * len(self._after)]
-        return Encoding(ids, spans)
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return bytes(token for token in token_ids if token < NUM_BYTES).decode("utf-8", "replace")
-
-    def token_text(self, token_id: int) -> str:
-        return bytes([token_id]).decode("utf-8", "replace") if token_id < NUM_BYTES else f"<{token_id}>"
-
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        if not self._chat:
-            raise ModelError("it has no chat template")
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
 
 
 @dataclass
@@ -82,8 +52,13 @@ class FakeState:
     capacity: int
     owner: FakeModel
     length: int = 0
-    digest: int = 0x243F6A8885A308D3
+    digest: int = START
     closed: bool = False
+    salt: str | None = None
+    """None: what it reads is not remembered."""
+    choice: Choice | None = None
+    forward: FakeForward | None = None
+    """The begun one that it belongs to."""
 
     @property
     def held_bytes(self) -> int:
@@ -91,101 +66,230 @@ class FakeState:
         return self.length * BYTES_PER_TOKEN if self.owner.info.causal and not self.closed else 0
 
     def close(self) -> None:
-        assert threading.current_thread() is self.owner.step_thread or self.owner.step_thread is None, (
-            "a sequence was closed by another thread than the one that steps"
-        )
+        self.owner.check_thread("a sequence was closed")
+        self.owner.check(self.forward is None, "a sequence was closed before its forward")
         if not self.closed:
             self.closed = True
             self.owner.open_states.discard(id(self))
 
 
-def _mix(*values: int) -> int:
-    x = 0x9E3779B97F4A7C15
-    for value in values:
-        x = (x ^ (value & MASK)) * 0xBF58476D1CE4E5B9 & MASK
-        x ^= x >> 29
-    return x
+class FakeForward:
+    """A forward in ``model.pieces`` pieces, asking before each but the first whether to stop. The first one
+    runs ``on_step``, each runs ``on_piece`` with its number, the last does the work."""
+
+    def __init__(self, model: FakeModel, slices: Sequence[Slice]) -> None:
+        self.model, self.slices = model, slices
+        self.piece = 0
+        self.left = False
+        self.over = False
+        model.open_forwards.add(self)
+        for part in slices:
+            _state(part).forward = self
+
+    def advance(self, pause: Callable[[], bool]) -> StepResult | None:
+        model = self.model
+        model.check(not self.over, "a forward that is over was gone on with")
+        model.check_thread("a forward was advanced")
+        try:
+            while self.piece < model.pieces:
+                if self.piece and pause():
+                    self.left = True
+                    return None
+                self._run_piece()
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        result = model.result(self.slices)
+        return StepResult(result.results, None) if self.left else result
+
+    def close(self) -> None:
+        self.model.check_thread("a forward was closed")
+        self._end()
+
+    def _run_piece(self) -> None:
+        if self.piece == 0:
+            self.model.note_step(self.slices)
+        self.model.on_piece(self.piece)
+        self.piece += 1
+
+    def _end(self) -> None:
+        self.over = True
+        self.model.open_forwards.discard(self)
+        for part in self.slices:
+            if _state(part).forward is self:
+                _state(part).forward = None
 
 
-def choice_digest(choice: Choice) -> int:
-    told = f"{choice.backend}|{choice.params.model_dump_json()}|{choice.seed}"
-    return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big")
-
-
-def numbers(digest: int, count: int) -> Tensor:
-    """``count`` values in [-1, 1), a function of ``digest`` alone."""
-    base = torch.arange(1, count + 1, dtype=torch.int64) * 0x9E3779B1 + (digest & 0x7FFFFFFF)
-    mixed = ((base ^ (base >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    return (mixed.double() / 2**31 - 1).float()
+def _state(part: Slice) -> FakeState:
+    assert isinstance(part.sequence, FakeState)
+    return part.sequence
 
 
 @dataclass
 class FakeModel:
-    """Hooks: ``on_step`` sees every step (and may sleep, block or raise); ``poison`` is a token whose
-    presence makes the step raise ``poison_error``; ``script`` makes generation say a fixed text.
+    """Hooks: ``on_step`` sees every step (and may sleep, block or raise); ``on_piece`` every piece of a long
+    one; ``poison`` is a token whose presence makes the step raise ``poison_error``, ``nan`` one that makes
+    the results of its own slice NaN; ``script`` makes generation say a fixed text.
     """
 
     info: ModelInfo
     tokenizer: ByteTokenizer
     on_step: Callable[[Sequence[Slice]], None] | None = None
+    on_piece: Callable[[int], None] = field(default=lambda piece: None)
+    pieces: int = 1
     poison: int | None = None
     poison_error: Callable[[int], Exception] = field(default=lambda index: RuntimeError("secret prompt text"))
+    nan: int | None = None
     script: bytes | None = None
     peak_bytes: int | None = 5000
+    flops_per_token: float = 1e3
     steps: list[list[tuple[int, int]]] = field(default_factory=list)
     """For each step, (tokens, absolute start) of its slices."""
     open_states: set[int] = field(default_factory=set)
+    open_forwards: set[FakeForward] = field(default_factory=set)
+    num_forks: int = 0
+    misuse: list[str] = field(default_factory=list)
     step_thread: threading.Thread | None = None
     busy: bool = False
+    closed: bool = False
+    pages: FakePages = field(default_factory=FakePages)
+    max_cached_bytes: int = 0
+
+    def check(self, fine: bool, otherwise: str) -> None:
+        if not fine:
+            self.misuse.append(otherwise)
+            raise AssertionError(otherwise)
+
+    def check_thread(self, what: str) -> None:
+        thread = threading.current_thread()
+        self.check(self.step_thread in (None, thread), f"{what} by another thread than the one that steps")
+
+    def check_idle(self) -> None:
+        """Nothing is open and nothing was misused."""
+        assert not self.misuse, self.misuse
+        assert not self.open_states, f"{len(self.open_states)} sequences were never closed"
+        assert not self.open_forwards, f"{len(self.open_forwards)} forwards were neither finished nor closed"
 
     def unsupported(self, choice: Choice) -> list[str]:
         if choice.backend == "strided" and not self.info.causal:
             return ["this fake encoder does not do strided", "for no reason"]
         return []
 
-    def open(self, capacity: int) -> FakeState:
+    def open(self, capacity: int, prompt: Prompt | None = None) -> FakeState:
+        self.check(not self.closed, "a model that has left service opened a sequence")
         state = FakeState(capacity, self)
+        if prompt is not None and self.info.causal:
+            state.salt, state.choice = prompt.salt, prompt.choice
+            state.length, state.digest = self.pages.take(prompt)
         self.open_states.add(id(state))
         return state
 
+    def cached_tokens(self, prompt: Prompt) -> int:
+        return self.pages.find(prompt)[0] if self.info.causal else 0
+
+    def fork(self, sequence: SequenceState, capacity: int) -> FakeState:
+        assert isinstance(sequence, FakeState)
+        self.check_thread("a sequence was forked")
+        self.check(sequence.forward is None, "a sequence was forked inside its forward")
+        self.check(not sequence.closed, "a closed sequence was forked")
+        state = FakeState(capacity, self, sequence.length, sequence.digest)
+        starts = self.__dict__.setdefault("_starts", {})
+        if id(sequence) in starts:
+            starts[id(state)] = starts[id(sequence)]
+        self.num_forks += 1
+        self.open_states.add(id(state))
+        return state
+
+    def remember(self, prompt: Prompt) -> None:
+        """As if a sequence had read it."""
+        self.pages.read(prompt.salt, START, 0, prompt.token_ids, prompt.choice)
+
+    def limit_cached(self, max_bytes: int) -> None:
+        self.max_cached_bytes = max_bytes
+        self.pages.limit(max_bytes // BYTES_PER_TOKEN)
+
+    def cache_use(self) -> CacheUse:
+        pages = self.pages
+        return CacheUse(
+            cached_bytes=pages.num_tokens * BYTES_PER_TOKEN,
+            looked_up_tokens=pages.looked_up_tokens,
+            found_tokens=pages.found_tokens,
+            evicted_pages=pages.num_evicted,
+        )
+
+    def flops(self, rows: int, start: int, choice: Choice, want: Want) -> Flops:
+        """``flops_per_token`` for each row, and as many pairs as ``exact`` has."""
+        seen = start + (rows + 1) / 2 if self.info.causal else rows
+        return Flops(self.flops_per_token * rows, rows * seen)
+
+    def close(self) -> None:
+        self.check(not self.open_states, "a model left service with open sequences")
+        self.closed = True
+        self.limit_cached(0)
+
     def step(self, slices: Sequence[Slice]) -> StepResult:
         thread = threading.current_thread()
-        assert self.step_thread in (None, thread), "step was called from two threads"
+        self.check_thread("step was called")
         assert not self.busy and slices, "step must not be called concurrently or without slices"
         self.step_thread, self.busy = thread, True
         try:
-            return self._step(slices)
+            self._check_free(slices)
+            self.note_step(slices)
+            return self.result(slices)
         finally:
             self.busy = False
 
-    def _step(self, slices: Sequence[Slice]) -> StepResult:
+    def begin(self, slices: Sequence[Slice]) -> FakeForward:
+        assert slices, "a forward needs slices"
+        self.check_thread("begin was called")
+        self.step_thread = threading.current_thread()
+        self._check_free(slices)
+        return FakeForward(self, slices)
+
+    def _check_free(self, slices: Sequence[Slice]) -> None:
+        self.check(not self.closed, "a model that has left service was stepped")
+        states = [_state(part) for part in slices]
+        self.check(len({id(state) for state in states}) == len(states), "a sequence appears twice in a step")
+        self.check(
+            all(state.forward is None for state in states), "a sequence of a begun forward was stepped"
+        )
+
+    def note_step(self, slices: Sequence[Slice]) -> None:
         self.steps.append([(len(part.token_ids), part.sequence.length) for part in slices])
         if self.on_step is not None:
             self.on_step(slices)
         for i, part in enumerate(slices):
             if self.poison is not None and self.poison in part.token_ids:
                 raise self.poison_error(i)
+
+    def result(self, slices: Sequence[Slice]) -> StepResult:
         return StepResult(tuple(self._advance(part) for part in slices), self.peak_bytes)
 
     def _advance(self, part: Slice) -> SliceResult:
-        state = part.sequence
-        assert isinstance(state, FakeState) and not state.closed, "a closed sequence was stepped"
-        assert state.length + len(part.token_ids) <= state.capacity, "a sequence outgrew its capacity"
-        assert part.token_ids, "an empty slice"
+        result = self._read(part)
+        if self.nan in part.token_ids:
+            for values in (result.logits, result.scores, result.hidden):
+                if values is not None:
+                    values.fill_(float("nan"))
+        return result
+
+    def _read(self, part: Slice) -> SliceResult:
+        state = _state(part)
+        self.check(not state.closed, "a closed sequence was stepped")
+        self.check(state.length + len(part.token_ids) <= state.capacity, "a sequence outgrew its capacity")
+        self.check(len(part.token_ids) > 0, "an empty slice")
         if not self.info.causal:
             assert state.length == 0 and len(part.token_ids) == part.total, "an encoder input was chunked"
-        key = choice_digest(part.choice)
-        digests = []
-        for token in part.token_ids:
-            state.digest = _mix(state.digest, token, key)
-            digests.append(state.digest)
-        state.length += len(part.token_ids)
+        salt = state.salt if part.choice == state.choice else None
+        digests = self.pages.read(salt, state.digest, state.length, part.token_ids, part.choice)
+        state.digest = digests[-1]
+        state.length += len(digests)
         work = self._work(part, state.length)
         if part.want == "hidden":
             # A bidirectional row sees the whole input.
             whole = digests[-1] if not self.info.causal else 0
-            return SliceResult(work, hidden=torch.stack([numbers(_mix(d, whole), WIDTH) for d in digests]))
+            return SliceResult(work, hidden=torch.stack([numbers(mix(d, whole), WIDTH) for d in digests]))
         if part.want == "logits":
             return SliceResult(work, logits=self._logits(state))
         if part.want == "scores":

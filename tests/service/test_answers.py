@@ -77,10 +77,11 @@ def test_encode_answers_with_every_member_of_the_contract(client: TestClient) ->
 
 
 def test_stats_tell_selection_and_attention_time_summed_over_steps_and_sequences(client: TestClient) -> None:
-    """The fake model reports 0.1 ms of selection and 0.2 ms of attention for each slice."""
+    """The fake model reports 0.1 ms of selection and 0.2 ms of attention for each slice: the prompt, which is
+    read once for both choices, and three more tokens of each."""
     body = {"prompt": "hello", "max_new_tokens": 4, "n": 2}
     stats = post(client, "/v1/generate", body)["stats"]
-    assert stats["selection_ms"] == pytest.approx(0.8) and stats["attention_ms"] == pytest.approx(1.6)
+    assert stats["selection_ms"] == pytest.approx(0.7) and stats["attention_ms"] == pytest.approx(1.4)
     stats = post(client, "/v1/encode", {"input": ["a", "b", "c"]})["stats"]
     assert stats["selection_ms"] == pytest.approx(0.3) and stats["attention_ms"] == pytest.approx(0.6)
 

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from service.jobs import Channel
+from tests.service.bench import FixedCosts
 from tests.service.conftest import Blocker, Served, in_process, sample, serving, wait_for
 from tests.service.fake_model import decoder, encoder, slow
 
@@ -88,6 +89,47 @@ def test_leaving_in_the_middle_of_a_long_step_answers_nobody_and_frees_all() -> 
         blocker.release.set()
         wait_for(lambda: server.runtime.engine.reserved_bytes == 0)
         wait_for(lambda: not model.open_states)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_while_a_long_prompt_is_read_ends_its_forward_where_it_may_be_left(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.runtime.CostModel", FixedCosts)
+    blocker = Blocker()
+    pieces: list[int] = []
+
+    def at_ten(piece: int) -> None:
+        pieces.append(piece)
+        if piece == 10:
+            blocker(None)
+
+    model = decoder(pieces=50, on_piece=at_ten, max_tokens=4096)
+    with serving(model, short_ms=100, keep_alive_s=0.05) as server:
+        body = {"prompt": "x" * 900, "stream": stream, "max_new_tokens": 5}
+        connection = send(server, "/v1/generate", body)
+        blocker.entered.wait(20)
+        connection.close()
+        wait_for(lambda: server.runtime.engine.num_jobs == 0)
+        assert model.open_forwards and model.open_states
+        blocker.release.set()
+        wait_for(lambda: not model.open_states and server.runtime.engine.reserved_bytes == 0)
+        assert pieces == list(range(11)) and not model.open_forwards
+        assert server.post("/v1/generate", {"prompt": "y", "max_new_tokens": 2}).status_code == 200
+
+
+def test_a_drain_lets_a_long_step_that_is_begun_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.CostModel", FixedCosts)
+    blocker = Blocker()
+    model = encoder(pieces=50, on_piece=lambda piece: blocker(None) if piece == 10 else None)
+    with serving(model, short_ms=100) as server, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.post, "/v1/encode", {"input": "x" * 400})
+        blocker.entered.wait(20)
+        server.runtime.begin_drain()
+        refused = server.post("/v1/encode", {"input": "y"})
+        assert refused.status_code == 503 and refused.json()["code"] == "draining"
+        blocker.release.set()
+        assert long.result().status_code == 200
 
 
 def test_a_deadline_holds_for_what_runs_and_for_what_waits() -> None:

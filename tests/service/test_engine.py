@@ -38,7 +38,7 @@ def test_a_model_that_cannot_open_a_sequence_fails_that_request_alone() -> None:
     model = decoder()
     plain = model.open
 
-    def refuse(capacity: int) -> object:
+    def refuse(capacity: int, prompt: object = None) -> object:
         if capacity > 100:
             raise MemoryError("no room")
         return plain(capacity)

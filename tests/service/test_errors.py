@@ -266,7 +266,26 @@ def test_a_request_that_never_fits_in_memory_is_told_both_figures() -> None:
             "estimated_bytes": 12_600,
             "exact_bytes": 12_000,
             "memory_limit_bytes": 12_300,
+            "backends_that_fit": ["exact"],
         }
+        assert "'exact' would fit" in refused["detail"]
+        too_long = {**body, "input": "a" * 20}
+        refused = check(client.post("/v1/encode", json=too_long), 413, "never_fits_memory")
+        assert refused["limits"]["backends_that_fit"] == []
+        assert "No backend of this model would fit" in refused["detail"]
+
+
+def test_choices_of_one_prompt_must_fit_together_and_the_way_out_counts_them_so() -> None:
+    body = {"prompt": "a" * 9, "max_new_tokens": 2, "n": 3}  # 10 tokens and 2 new ones, three times
+    with in_process(memory_limit_bytes=36_000) as client:
+        assert client.post("/v1/generate", json=body).status_code == 200
+        # The leader works on 10 tokens at once, each choice that follows it on one.
+        refused = check(
+            client.post("/v1/generate", json={**body, "attention": "window"}), 413, "never_fits_memory"
+        )
+    assert refused["limits"]["estimated_bytes"] == 36_000 + 10 * 50 + 2 * 50
+    assert refused["limits"]["exact_bytes"] == 36_000
+    assert refused["limits"]["backends_that_fit"] == ["exact"]
 
 
 def test_what_all_inputs_leave_for_the_answer_must_fit_beside_the_last_of_them() -> None:

@@ -14,7 +14,7 @@ from service.record import OPERATIONS
 from tests.service.conftest import in_process
 from tests.service.fake_model import decoder, encoder
 
-PATHS = [*OPERATIONS, "/v1/tokenize"]
+PATHS = [*OPERATIONS, "/v1/tokenize", "/v1/estimate"]
 VALUES: list[Any] = [
     None,
     True,
@@ -60,6 +60,8 @@ VALUES: list[Any] = [
     {"backend": "window", "params": []},
     {"prefill": "window", "decode": "sinks"},
     {"prefill": "window", "other": 1},
+    ["window", {"prefill": "sinks", "decode": "exact"}],
+    ["window"] * 33,
     {"chunk_tokens": 3, "overlap": 1},
     {"spans": [[0, 1]]},
     {"include_usage": True},

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import Served, in_process, serving, wait_for
+from tests.service.bench import FixedCosts
+from tests.service.conftest import Served, in_process, sample, serving, wait_for
 from tests.service.fake_model import decoder, encoder, slow
 
 BACKENDS = ["exact", "window", "bigbird", {"backend": "window", "params": {"window": 9}, "seed": 4}, "random"]
@@ -44,16 +45,25 @@ def essence(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name not in ("id", "stats")}
 
 
-def test_32_concurrent_mixed_requests_answer_exactly_as_each_does_alone() -> None:
+@pytest.mark.parametrize("short_ms", [1e6, 100], ids=["all short", "some long"])
+def test_32_concurrent_mixed_requests_answer_exactly_as_each_does_alone(
+    short_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.runtime.CostModel", FixedCosts)
     requests = mixed_requests(32)
     with in_process(prefill_chunk_tokens=1024) as client:
         alone = [essence(client.post(path, json=body).json()) for path, body in requests]
-    models = encoder(on_step=slow(0.002)), decoder(on_step=slow(0.002))
+    models = (
+        encoder(on_step=slow(0.002), pieces=7),
+        decoder(on_step=slow(0.002), pieces=7),
+    )
     with (
-        serving(*models, step_tokens=512, prefill_chunk_tokens=128) as server,
+        serving(*models, step_tokens=512, prefill_chunk_tokens=128, short_ms=short_ms) as server,
         ThreadPoolExecutor(32) as pool,
     ):
         together = list(pool.map(lambda request: server.post(*request).json(), requests))
+        lane = sample(server.get("/metrics").text, "longreach_lane_seconds_total", lane="long")
+    assert (lane or 0) > 0 if short_ms == 100 else lane == 0
     assert max(answer["stats"]["batch_size"] for answer in together) > 1, (
         "nothing ran together: nothing was tested"
     )

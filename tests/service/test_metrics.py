@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from kernels.registry import BACKENDS
+from models.contract import CacheUse
 from service.metrics import Metrics, length_bucket
 from service.record import OPERATIONS
 from tests.service.conftest import Blocker, in_process, sample, serving, wait_for
@@ -31,6 +32,17 @@ NAMES: dict[str, tuple[str, set[str]]] = {
     "batch_requests": ("histogram", {"model"}),
     "batch_tokens": ("histogram", {"model"}),
     "step_seconds": ("histogram", {"model"}),
+    "step_prediction_ratio": ("histogram", {"model"}),
+    "lane_seconds_total": ("counter", {"lane"}),
+    "long_step_pauses_total": ("counter", {"model"}),
+    "engine_heartbeat_age_seconds": ("gauge", set()),
+    "queue_ms": ("gauge", set()),
+    "kv_cache_bytes": ("gauge", {"model", "state"}),
+    "prefix_cache_looked_up_tokens_total": ("counter", {"model"}),
+    "prefix_cache_found_tokens_total": ("counter", {"model"}),
+    "prefix_cache_evicted_pages_total": ("counter", {"model"}),
+    "warm_up_progress_ratio": ("gauge", set()),
+    "model_loads_total": ("counter", {"outcome"}),
     "queue_depth": ("gauge", {"model"}),
     "queue_tokens": ("gauge", {"model"}),
     "running_requests": ("gauge", {"model"}),
@@ -205,6 +217,29 @@ def test_gauges_show_what_waits_and_runs_now() -> None:
         wait_for(
             lambda: sample(server.get("/metrics").text, "longreach_memory_reserved_bytes", device="cpu") == 0
         )
+
+
+def test_cache_counts_are_what_models_count_and_never_go_back() -> None:
+    metrics = Metrics()
+    read = metrics.registry.get_sample_value
+    for looked_up, found, held in ((100, 40, 7), (100, 40, 3), (250, 90, 5)):
+        use = CacheUse(held_bytes=held, looked_up_tokens=looked_up, found_tokens=found, evicted_pages=2)
+        metrics.see_cache("m", use)
+        assert read("longreach_prefix_cache_looked_up_tokens_total", {"model": "m"}) == looked_up
+        assert read("longreach_prefix_cache_found_tokens_total", {"model": "m"}) == found
+        assert read("longreach_kv_cache_bytes", {"model": "m", "state": "held"}) == held
+    assert read("longreach_prefix_cache_evicted_pages_total", {"model": "m"}) == 2
+
+
+def test_a_model_that_leaves_takes_all_its_series_along() -> None:
+    metrics = Metrics()
+    metrics.add_model(encoder("stays").info, ["exact"])
+    before = series(metrics.render("")[0].decode())
+    metrics.add_model(decoder("goes").info, BACKENDS)
+    metrics.see_cache("goes", CacheUse(held_bytes=1, looked_up_tokens=5))
+    assert series(metrics.render("")[0].decode()) > before
+    metrics.remove_model("goes")
+    assert series(metrics.render("")[0].decode()) == before
 
 
 def test_the_format_is_negotiated() -> None:

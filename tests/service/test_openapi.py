@@ -50,14 +50,22 @@ def test_no_route_documents_422_and_all_document_problems(api: dict[str, Any]) -
 
 def test_every_backend_is_documented_with_its_bounds(api: dict[str, Any]) -> None:
     schemas = api["components"]["schemas"]
-    for request in ("EncodeRequest", "GenerateRequest", "ScoreRequest", "EmbeddingsRequest", "ChatRequest"):
+    for request in (
+        "EncodeRequest",
+        "GenerateRequest",
+        "ScoreRequest",
+        "EmbeddingsRequest",
+        "ChatRequest",
+        "EstimateRequest",
+    ):
         told = json.dumps(schemas[request]["properties"]["attention"])
         for name in BACKENDS:
             assert f'"{name}": "#/components/schemas/{name.title().replace("_", "")}Attention"' in told
     params = schemas["WindowAttention"]["properties"]["params"]
     window = schemas[params["$ref"].rsplit("/", 1)[1]] if "$ref" in params else params
     assert window["properties"]["window"]["maximum"] == 65536
-    assert "PrefillDecodeAttention" in json.dumps(schemas["GenerateRequest"]["properties"]["attention"])
+    for request in ("GenerateRequest", "EstimateRequest"):
+        assert "PrefillDecodeAttention" in json.dumps(schemas[request]["properties"]["attention"])
 
 
 def resolved(api: dict[str, Any], name: str) -> dict[str, Any]:
@@ -74,6 +82,16 @@ def resolved(api: dict[str, Any], name: str) -> dict[str, Any]:
         ("EmbeddingsAnswer", "/v1/embeddings", {"model": "enc", "input": "a"}),
         ("CompletionAnswer", "/v1/completions", {"model": "dec", "prompt": "a", "logprobs": 1}),
         ("TokenizeAnswer", "/v1/tokenize", {"model": "enc", "input": "a"}),
+        (
+            "EstimateAnswer",
+            "/v1/estimate",
+            {
+                "model": "dec",
+                "input": "a",
+                "max_new_tokens": 4,
+                "attention": ["exact", {"prefill": "window"}],
+            },
+        ),
         ("Problem", "/v1/encode", {"input": 1}),
     ],
 )
@@ -103,3 +121,31 @@ def test_schema_and_server_agree_on_what_an_attention_is(
     valid = jsonschema.Draft202012Validator(resolved(api, "EncodeRequest")).is_valid(body)
     assert valid == good
     assert (client.post("/v1/encode", json=body).status_code == 200) == good
+
+
+@pytest.mark.parametrize(
+    ("attention", "good"),
+    [
+        ("window", True),
+        ({"prefill": "window", "decode": "exact"}, True),
+        (["window", {"backend": "exact"}, {"prefill": "window"}], True),
+        (["exact"] * 32, True),
+        (["exact"] * 33, False),
+        ([], False),
+        (["unknown"], False),
+        ([["exact"]], False),
+    ],
+)
+def test_schema_and_server_agree_on_lists_of_attentions(
+    client: TestClient, api: dict[str, Any], attention: Any, good: bool
+) -> None:
+    body = {"model": "dec", "input": "a", "attention": attention}
+    valid = jsonschema.Draft202012Validator(resolved(api, "EstimateRequest")).is_valid(body)
+    assert valid == good
+    assert (client.post("/v1/estimate", json=body).status_code == 200) == good
+
+
+def test_priorities_are_documented_with_their_bounds(api: dict[str, Any]) -> None:
+    for request in ("EncodeRequest", "GenerateRequest", "ScoreRequest"):
+        field = api["components"]["schemas"][request]["properties"]["priority"]
+        assert (field["minimum"], field["maximum"], field["default"]) == (-10, 10, 0)

@@ -79,6 +79,16 @@ def test_flags_reach_the_settings() -> None:
         ({"timeout_s": "nan"}, "--timeout-s"),
         ({"drain_seconds": "-1"}, "--drain-seconds"),
         ({"memory_limit_bytes": "0"}, "--memory-limit-bytes"),
+        ({"step_ms": "0"}, "--step-ms"),
+        ({"short_ms": "nan"}, "--short-ms"),
+        ({"short_weight": "0"}, "--short-weight"),
+        ({"max_queue_seconds": "-1"}, "--max-queue-seconds"),
+        ({"prefix_cache_bytes": "-1"}, "--prefix-cache-bytes"),
+        ({"watchdog_s": "0"}, "--watchdog-s"),
+        ({"admin": "perhaps"}, "--admin"),
+        ({"admin": True, "host": "0.0.0.0"}, "--api-key"),
+        ({"admin": True, "host": "::"}, "lets anybody load and unload models"),
+        ({"admin": True, "host": "server.example"}, "--admin"),
     ],
 )
 def test_wrong_settings_are_named(flags: dict[str, object], words: str) -> None:
@@ -114,6 +124,25 @@ def test_memory_is_what_the_machine_or_its_control_group_has() -> None:
     assert 1 << 28 < memory_bytes("cpu") < 1 << 50
     assert load_settings().memory_limit == memory_bytes("cpu") // 2
     assert load_settings({"memory_limit_bytes": 5}).memory_limit == 5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"host": "127.0.0.1"},
+        {"host": "127.9.9.9"},
+        {"host": "::1"},
+        {"host": "localhost"},
+        {"host": "0.0.0.0", "api_key": "k"},
+    ],
+)
+def test_admin_routes_are_for_this_machine_or_for_who_has_the_key(flags: dict[str, str]) -> None:
+    assert load_settings({"admin": True, **flags}).admin
+
+
+def test_the_prefix_cache_is_an_eighth_of_the_memory_limit_unless_it_is_said() -> None:
+    assert load_settings({"memory_limit_bytes": 800}).prefix_cache == 100
+    assert load_settings({"memory_limit_bytes": 800, "prefix_cache_bytes": 0}).prefix_cache == 0
 
 
 def test_a_home_directory_in_the_cache_dir_is_the_users(

@@ -1,0 +1,47 @@
+"""How many floating-point operations a slice takes, predicted before it runs.
+
+linear    = 2 (weights per token * rows + weights of the head * rows with logits)
+attention = sum over layers of Backend.flops on the layer's shape
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+from kernels.registry import load as load_backend
+from models.contract import Choice, Flops, Want
+from models.network import Network
+from models.plan import ModelPlan
+from models.seam import LayerPlan, window_params
+
+
+def predict_flops(network: Network, rows: int, start: int, choice: Choice, want: Want) -> Flops:
+    """Of ``rows`` tokens that begin at position ``start``, under ``choice``, in one step. ValueError where
+    there are no rows or the position is negative."""
+    if rows < 1 or start < 0:
+        raise ValueError(f"rows must be at least 1 and start at least 0, got {rows} and {start}")
+    rows_of_logits = {"logits": 1, "scores": rows}.get(want, 0)
+    linear = 2.0 * (network.linear_params * rows + network.head_params * rows_of_logits)
+    sizes = network.sizes
+    attention = sum(
+        count * layer_flops(layer, rows, start + rows, choice, sizes.itemsize, sizes.on_cpu)
+        for layer, count in _distinct(sizes.plan)
+    )
+    return Flops(linear, attention)
+
+
+def layer_flops(layer: LayerPlan, rows: int, keys: int, choice: Choice, itemsize: int, on_cpu: bool) -> float:
+    """Of one layer's attention on the last ``rows`` of ``keys`` positions."""
+    call = layer.call_shape(rows, keys, itemsize, on_cpu)
+    if layer.window is not None:
+        return load_backend("window").flops(window_params(layer.window), call)
+    return load_backend(choice.backend).flops(choice.params, call)
+
+
+@cache
+def _distinct(plan: ModelPlan) -> tuple[tuple[LayerPlan, int], ...]:
+    """Layers that cost the same, once each, and how many there are."""
+    kinds = [(layer.causal, layer.window, layer.num_heads, layer.shape) for layer in plan.layers]
+    layer_of = dict(zip(kinds, plan.layers, strict=True))
+    return tuple((layer_of[kind], count) for kind, count in Counter(kinds).items())
