@@ -22,7 +22,7 @@ STOP_TIMEOUT ?= 120
 RATE ?= 0
 
 comma := ,
-.PHONY: help serve test check bench load clean
+.PHONY: help serve test check bench interference mixing decode chaos load clean
 
 help: ## List the targets
 	@echo "Longreach. Targets:"
@@ -50,6 +50,18 @@ check: $(DEV) ## Lint, format, types, documents, Dockerfile
 
 bench: $(BENCH) ## Time every attention backend against torch's own attention
 	$(BIN)/python -m kernels.bench $(ARGS)
+
+interference: $(SERVE) ## Short requests beside a long one, on a running server (HOST=...)
+	$(BIN)/python -m loadtests.interference --host $(HOST) $(ARGS)
+
+mixing: $(SERVE) ## Eight attentions at once against one at a time, on a running server (HOST=...)
+	$(BIN)/python -m loadtests.mixing --host $(HOST) $(ARGS)
+
+decode: $(SERVE) ## Tokens per second of 16 sequences and of one, on a running server (HOST=...)
+	$(BIN)/python -m loadtests.decode_batch --host $(HOST) $(ARGS)
+
+chaos: $(SERVE) ## 10,000 mixed requests against a server of its own
+	$(BIN)/python -m loadtests.chaos --serve $(ARGS)
 
 load: $(STAMPS)/load ## Load test a running server (HOST=...) and print a summary
 	$(BIN)/python -m locust -f loadtests/locustfile.py --headless --only-summary --host $(HOST) --users $(USERS) \

@@ -241,9 +241,9 @@ class Backend:
     workspace: Callable[[Any, CallShape], Workspace]
     """What impl ``torch`` takes for these params and sizes: what ``models.memory`` predicts requests with."""
     flops: Callable[[Any, CallShape], float] = dense_flops
-    """Operations of impl ``torch`` on a call of these sizes, predicted without touching a tensor: score elements
-    computed (2 (D + Dv) each), logits scored to choose (2 D each), and the rest as ``Stats.other_flops``
-    counts it. What the scheduler prices a request with."""
+    """Operations of impl ``torch`` on a call of these sizes, predicted without touching a tensor: score
+    elements computed (2 (D + Dv) each), logits scored to choose (2 D each), and the rest as
+    ``Stats.other_flops`` counts it. What the scheduler prices a request with."""
     conditions: str = ""
     """What the paper's theory does and does not promise here, in a sentence or two."""
     unsupported: Callable[[Params, bool], list[str]] = field(default=lambda params, causal: [])

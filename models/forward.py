@@ -81,15 +81,20 @@ class Ownership:
 
 
 class LeavableForward:
-    """``models.contract.Forward``: ``run``, which does a whole step, in pieces. ``over`` is called once, when
-    it has ended in whatever way.
+    """``models.contract.Forward``: ``run``, which does a whole step, in pieces. ``resume`` is called before
+    every piece, ``over`` once, when it has ended in whatever way.
 
     Nothing in the greenlet refers to this object: one that is forgotten is freed, and its greenlet with it.
     """
 
-    def __init__(self, run: Callable[[], StepResult], over: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[], StepResult],
+        over: Callable[[], None],
+        resume: Callable[[], None] = lambda: None,
+    ) -> None:
         self._work: Callable[[], StepResult] | None = run
-        self._over = over
+        self._over, self._resume = over, resume
         self._run: _Run | None = None
         self._thread = 0
         self._is_over = self._is_running = False
@@ -101,6 +106,7 @@ class LeavableForward:
             state = "running" if self._is_running else "over"
             raise RuntimeError(f"this forward is {state}: it cannot be gone on with")
         run = self._run or self._start()
+        self._resume()
         self._is_running = True
         try:
             result = _switch(run, pause)

@@ -15,7 +15,7 @@ from kernels.registry import load as load_backend
 from models.arena import PAGE_TOKENS
 from models.contract import Choice
 from models.head import ROWS_AT_ONCE
-from models.heap import largest_heap_block
+from models.heap import border_for
 from models.plan import ModelPlan
 from models.seam import LayerPlan, window_params
 
@@ -24,7 +24,9 @@ MEASURED_FROM_TOKENS = 512
 it tells."""
 
 HEAP_FACTOR = 2.5
-"""What blocks from the C library's heap take beyond what lives in them: holes that no aligned block fits."""
+"""What blocks from the C library's heap take beyond what lives in them: holes that no aligned block fits.
+About what small steps take; near the largest measured for documents of some thousand tokens, which took
+between half of it and all of it."""
 
 SYSTEM_FACTOR = 1.15
 """The same for large blocks, which come from the system: whole pages, and the small tensors beside them."""
@@ -51,13 +53,17 @@ class Sizes:
     """0 where there is no language-model head."""
     itemsize: int
     on_cpu: bool
-    mlp_blocks: int = 3
+    mlp_blocks: int
     """Blocks of ``intermediate_size`` columns that an MLP holds at once: gate, up and their product; two
     where nothing is gated."""
 
     @property
     def cache_bytes_per_token(self) -> int:
         return sum(shape.elements_per_token for shape in self.plan.shapes) * self.itemsize
+
+    def hidden_bytes(self, rows: int) -> int:
+        """Of the hidden states of so many rows."""
+        return rows * self.hidden_size * self.itemsize
 
 
 def mlp_blocks(body: nn.Module, widest: int) -> int:
@@ -82,7 +88,7 @@ def estimate_bytes(sizes: Sizes, tokens: int, new_tokens: int, choice: Choice, c
     """
     rows = min(tokens, chunk_tokens) if sizes.plan.causal else tokens
     calls = [_workspace(sizes, layer, choice, rows, tokens) for layer in sizes.plan.layers]
-    live = _activations(sizes, rows, calls) + _head_bytes(sizes, 1 if new_tokens else rows)
+    live = _activations(sizes, rows, calls) + _head_bytes(sizes, rows, 1 if new_tokens else rows)
     cache = _cache_bytes(sizes, tokens + new_tokens, choice) if sizes.plan.causal else 0
     return cache + selection_bytes(calls) + live + (SCRATCH_BYTES if sizes.on_cpu else 0)
 
@@ -94,9 +100,10 @@ def _cache_bytes(sizes: Sizes, tokens: int, choice: Choice) -> int:
     return sizes.cache_bytes_per_token * held + sum(beside)
 
 
-def _taken(sizes: Sizes, live_bytes: int, block_bytes: int) -> int:
-    """Bytes that tensors of ``live_bytes`` in blocks of about ``block_bytes`` take."""
-    from_heap = sizes.on_cpu and block_bytes < largest_heap_block()
+def _taken(sizes: Sizes, rows: int, live_bytes: int, block_bytes: int) -> int:
+    """Bytes that tensors of ``live_bytes`` in blocks of about ``block_bytes`` take, in a step of so many
+    rows."""
+    from_heap = sizes.on_cpu and block_bytes < border_for(sizes.hidden_bytes(rows))
     return int((HEAP_FACTOR if from_heap else SYSTEM_FACTOR) * live_bytes)
 
 
@@ -124,7 +131,7 @@ def _activations(sizes: Sizes, rows: int, calls: Sequence[Workspace]) -> int:
     row = rows * sizes.itemsize
 
     def taken(elements: int, width: int, beside_bytes: int = 0) -> int:
-        return _taken(sizes, row * elements + beside_bytes, row * width)
+        return _taken(sizes, rows, row * elements + beside_bytes, row * width)
 
     stream = taken(3 * sizes.hidden_size, sizes.hidden_size)  # itself, its normed copy, the sum being formed
     moments = [taken(sizes.mlp_blocks * sizes.intermediate_size, sizes.intermediate_size)]
@@ -149,7 +156,7 @@ def _around_kernel(layer: LayerPlan) -> int:
     return queries_and_answer + shape.elements_per_token
 
 
-def _head_bytes(sizes: Sizes, rows: int) -> int:
+def _head_bytes(sizes: Sizes, rows: int, rows_of_logits: int) -> int:
     """Logits and their fp32 copy; a request that generates wants those of one row."""
-    block = min(rows, ROWS_AT_ONCE) * sizes.vocab_size * 4
-    return _taken(sizes, 2 * block, block)
+    block = min(rows_of_logits, ROWS_AT_ONCE) * sizes.vocab_size * 4
+    return _taken(sizes, rows, 2 * block, block)

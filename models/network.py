@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.head import Head
-from models.memory import Sizes
+from models.memory import Sizes, mlp_blocks
 from models.plan import ModelPlan, body_arguments, make_plan
 from models.products import make_leavable
 from models.seam import Learned
@@ -69,8 +69,8 @@ def build_network(network: Any, max_tokens: int, position_offset: int = 0) -> Ne
 
 def _sizes(body: Any, plan: ModelPlan, logits_size: int) -> Sizes:
     hidden = int(body.config.hidden_size)
-    on_cpu = torch.device(body.device).type == "cpu"
-    return Sizes(plan, hidden, _widest_output(body, hidden), logits_size, body.dtype.itemsize, on_cpu)
+    on_cpu, widest = torch.device(body.device).type == "cpu", _widest_output(body, hidden)
+    return Sizes(plan, hidden, widest, logits_size, body.dtype.itemsize, on_cpu, mlp_blocks(body, widest))
 
 
 def _widest_output(body: nn.Module, hidden: int) -> int:

@@ -29,6 +29,7 @@ from models.errors import NonFiniteOutput
 from models.flops import predict_flops
 from models.forward import LeavableForward, Ownership, offer_to_pause, was_left
 from models.head import Head
+from models.heap import border_for, set_border
 from models.learned import missing
 from models.memory import estimate_bytes, watch_step
 from models.network import Network
@@ -130,6 +131,7 @@ class Model:
         kernels raise. On any exception no sequence has advanced.
         """
         check(slices, self._network, self._info.max_tokens, self._begun)
+        self._set_border(slices)
         with torch.inference_mode():
             return _step(self._network, slices)
 
@@ -144,7 +146,14 @@ class Model:
         """
         check(slices, self._network, self._info.max_tokens, self._begun)
         over = self._begun.take([s.sequence for s in slices])
-        return LeavableForward(partial(_step, self._network, tuple(slices)), over)
+        run, resume = partial(_step, self._network, tuple(slices)), partial(self._set_border, slices)
+        return LeavableForward(run, over, resume)
+
+    def _set_border(self, slices: Sequence[Slice]) -> None:
+        """A step's memory comes from where its size wants it, whatever other steps ran in between."""
+        sizes = self._network.sizes
+        if sizes.on_cpu:
+            set_border(border_for(sizes.hidden_bytes(sum(len(s.token_ids) for s in slices))))
 
     def flops(self, rows: int, start: int, choice: Choice, want: Want) -> Flops:
         """Operations of a slice of ``rows`` tokens from position ``start``, predicted. From any thread."""

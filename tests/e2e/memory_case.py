@@ -13,7 +13,6 @@ import torch
 from kernels.api import parse_params
 from kernels.peak import PeakBytes
 from models.contract import Choice, Slice, Want
-from models.heap import fix_border
 from models.loader import load_model
 from models.runner import Model
 
@@ -22,7 +21,6 @@ WARM_UP_TOKENS = 16
 
 
 def main(name: str, backend: str, tokens: int, new_tokens: int) -> None:
-    fix_border()
     loaded = load_model(name, name, progress=lambda line: print(line, file=sys.stderr))
     assert isinstance(loaded, Model)
     choice = Choice(backend, parse_params(backend))

@@ -23,7 +23,7 @@ CASES = [
         (DECODER, backend, 3000, 32)
         for backend in ("exact", "window", "bigbird", "xattention", "performer", "lsh")
     ),
-    *((ENCODER, backend, 2048, 0) for backend in ("exact", "window", "bigbird", "performer")),
+    *((ENCODER, backend, 3000, 0) for backend in ("exact", "window", "bigbird", "performer")),
 ]
 
 

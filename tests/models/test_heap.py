@@ -8,16 +8,17 @@ import sys
 import pytest
 
 from models import heap
+from models.contract import Slice
 from models.memory import HEAP_FACTOR, SYSTEM_FACTOR, estimate_bytes
 from models.network import build_network
-from tests.models.tiny import bert, choice, network
+from tests.models.tiny import bert, choice, network, serve
 
 TAKE = """
 import json, sys
 import torch
 from kernels.peak import PeakBytes
 from models import heap
-assert heap.fix_border(1 << 20) and heap.largest_heap_block() == 1 << 20
+heap.set_border(1 << 20)
 
 def blocks():
     freed = [torch.ones(1 << 19) for _ in range(20)]  # 2 MiB each, every other one of them kept
@@ -41,18 +42,39 @@ def test_large_blocks_go_back_to_the_system_when_they_are_freed() -> None:
     assert int(done.stdout) > 0.9 * 10 * (2 << 20), "freed blocks stayed in the heap"
 
 
+def test_long_documents_alone_run_under_the_low_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_mallopt", lambda: print)
+    assert heap.border_for(heap.LONG_DOCUMENT_BYTES) == heap.LOW_BORDER
+    assert heap.border_for(heap.LONG_DOCUMENT_BYTES - 1) == heap.HIGH_BORDER
+
+
 def test_where_there_is_no_such_setting_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap.sys, "platform", "darwin")
-    before = heap.largest_heap_block()
-    assert not heap.fix_border(1 << 20)
-    assert heap.largest_heap_block() == before
+    monkeypatch.setattr(heap, "_mallopt", lambda: None)
+    before = heap._border
+    heap.set_border(1 << 20)
+    assert heap._border == before
+    assert heap.border_for(1 << 40) == heap.HIGH_BORDER
+
+
+def test_a_forward_sets_its_border_whenever_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = serve(network(bert))
+    seen: list[int] = []
+    monkeypatch.setattr("models.runner.set_border", seen.append)
+    monkeypatch.setattr("models.runner.border_for", lambda hidden_bytes: hidden_bytes)
+    ids = list(range(5, 25))
+    forward = model.begin([Slice(model.open(20), ids, choice(), "hidden", 20)])
+    while forward.advance(lambda: True) is None:
+        model.step([Slice(model.open(4), ids[:4], choice(), "hidden", 4)])
+    width = model.info.embedding_dim * 4
+    assert seen[::2] == [20 * width] * len(seen[::2]) and len(seen) > 4
+    assert seen[1::2] == [4 * width] * len(seen[1::2])
 
 
 def test_an_estimate_adds_for_holes_only_what_the_heap_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = build_network(network(bert), 64).sizes
 
     def estimate(border: int) -> int:
-        monkeypatch.setattr(heap, "_border", border)
+        monkeypatch.setattr("models.memory.border_for", lambda hidden_bytes: border)
         return estimate_bytes(sizes, 4000, 0, choice(), 4000)
 
     from_heap, from_system = estimate(1 << 40), estimate(0)
