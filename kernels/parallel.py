@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -81,6 +81,7 @@ def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
             return job()
 
     pending = [_pool(threads).submit(alone, job) for job in jobs]
+    wait(pending)
     return [future.result() for future in pending]
 
 

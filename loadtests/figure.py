@@ -48,7 +48,8 @@ class Figure:
     ) -> dict[str, Any]:
         """A request of ``tokens`` tokens of its own."""
         prompt = {"token_ids": self.token_ids(model, tokens)}
-        body: dict[str, Any] = {"model": model, "attention": attention}
+        timeout_ms = int(self.options.timeout * 1000)
+        body: dict[str, Any] = {"model": model, "attention": attention, "timeout_ms": timeout_ms}
         if task == "generate":
             body |= {"prompt": prompt, "max_new_tokens": new_tokens, "cache_salt": self.salt}
             return body | ({"stream": True} if stream else {})

@@ -62,11 +62,6 @@ class FreeRuns:
         fitting = [(stop - begin, begin) for begin, stop in self._runs if stop - begin >= count]
         return min(fitting, default=None)
 
-    def begins_at(self, number: int, count: int) -> bool:
-        """Whether the ``count`` pages from ``number`` on are free."""
-        i = bisect(self._runs, number, key=lambda run: run[0]) - 1
-        return i >= 0 and number + count <= self._runs[i][1]
-
     def take(self, begin: int, count: int) -> None:
         """``count`` free pages from ``begin`` on are no longer free."""
         i = bisect(self._runs, begin, key=lambda run: run[0]) - 1

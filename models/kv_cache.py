@@ -81,12 +81,8 @@ class Cache:
         self._written = [length] * len(self._shapes)
         self._closed = False
         self._held = list(pages)
-        weakref.finalize(self, self._pool.abandon, self._held).atexit = False
-
-    @property
-    def full_bytes(self) -> int:
-        """Bytes of the pages that its capacity asks for."""
-        return _num_pages(self.capacity) * self._pool.page_bytes
+        self._finalizer = weakref.finalize(self, self._pool.abandon, self._held)
+        self._finalizer.atexit = False
 
     @property
     def held_bytes(self) -> int:
@@ -160,6 +156,7 @@ class Cache:
         self._closed = True
         self._pages, self._runs, self._moving = [], [], None
         self._summaries, self._kept = [], []
+        self._finalizer.detach()
         held, self._held[:] = list(self._held), []
         self._pool.release(held, keys)
 

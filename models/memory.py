@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels.contract import CallShape, Workspace
+from kernels.contract import Workspace
 from kernels.math.workspace import selection_bytes
 from kernels.peak import PeakBytes
 from kernels.registry import load as load_backend
@@ -109,18 +109,7 @@ def _taken(sizes: Sizes, rows: int, live_bytes: int, block_bytes: int) -> int:
 
 def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: int) -> Workspace:
     """What the layer's kernel takes for the step's rows: the choice's, or that of the layer's own window."""
-    shape = layer.shape
-    call = CallShape(
-        num_rows=rows,
-        num_keys=keys,
-        num_heads=layer.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        key_dim=shape.key_dim,
-        value_dim=shape.value_dim,
-        itemsize=sizes.itemsize,
-        causal=layer.causal,
-        on_cpu=sizes.on_cpu,
-    )
+    call = layer.call_shape(rows, keys, sizes.itemsize, sizes.on_cpu)
     if layer.window is not None:
         return load_backend("window").workspace(window_params(layer.window), call)
     return load_backend(choice.backend).workspace(choice.params, call)

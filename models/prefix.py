@@ -2,10 +2,11 @@
 
     key_0 = H(root, tokens of page 0)        key_i = H(key_(i - 1), tokens of page i)
 
-so a page's key stands for everything up to its last token. The root stands for all else that its keys and
-values depend on: the attention with its params, the seed where it matters, a salt that keeps strangers apart.
-H is BLAKE2b of 128 bits over the tokens as 64-bit integers; Python's own hash differs from process to process
-and collides by design.
+so a page's key stands for everything up to its last token. Where a row's choice of keys looks at its whole
+query tile, a page depends on all tokens of the tile: page i then takes those of its whole unit of pages. The
+root stands for all else that keys and values depend on: the attention with its params, the seed where it
+matters, a salt that keeps strangers apart. H is BLAKE2b of 128 bits over the tokens as 64-bit integers;
+Python's own hash differs from process to process and collides by design.
 """
 
 from __future__ import annotations
@@ -31,27 +32,33 @@ def root_key(*parts: Hashable) -> bytes:
 class Chain:
     """The keys of a sequence's full pages, made as its tokens come in."""
 
-    def __init__(self, root: bytes, page_tokens: int, keys: Sequence[bytes] = ()) -> None:
-        """``keys``: of the pages that the sequence begins with."""
+    def __init__(
+        self, root: bytes, page_tokens: int, keys: Sequence[bytes] = (), unit_pages: int = 1
+    ) -> None:
+        """``keys``: of the pages that the sequence begins with, whole units. Pages of a unit depend on each
+        other's tokens: they get their keys when all of it is there."""
         self.keys = list(keys)
         self._last = self.keys[-1] if keys else root
-        self._page_tokens = page_tokens
+        self._page_tokens, self._unit_pages = page_tokens, unit_pages
         self._rest: list[int] = []
 
     def append(self, token_ids: Sequence[int]) -> None:
         """The next tokens of the sequence."""
-        size = self._page_tokens
-        pending = [*self._rest, *token_ids]
-        full = len(pending) // size
-        pages = np.asarray(pending[: full * size], dtype=np.int64).reshape(full, size)
-        for page in pages:
-            self._last = blake2b(self._last + page.tobytes(), digest_size=KEY_BYTES).digest()
-            self.keys.append(self._last)
-        self._rest = pending[full * size :]
+        size = self._page_tokens * self._unit_pages
+        self._rest.extend(token_ids)
+        full = len(self._rest) // size
+        if not full:
+            return
+        units = np.asarray(self._rest[: full * size], dtype=np.int64).reshape(full, size)
+        for tokens in map(np.ndarray.tobytes, units):
+            for _ in range(self._unit_pages):
+                self._last = blake2b(self._last + tokens, digest_size=KEY_BYTES).digest()
+                self.keys.append(self._last)
+        self._rest = self._rest[full * size :]
 
     def copy(self) -> Chain:
         """The same so far, to go its own way from here."""
-        other = Chain(self._last, self._page_tokens, self.keys)
+        other = Chain(self._last, self._page_tokens, self.keys, self._unit_pages)
         other._rest = list(self._rest)
         return other
 

@@ -18,7 +18,8 @@ from models.contract import Choice, ModelError
 from models.kv_cache import Cache
 from models.network import Network
 from models.rotary import sequence_lengths
-from models.seam import NAME, LayerPlan, Member, Step
+from models.seam import NAME, LayerPlan
+from models.step import Member, Step
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "Wo")
 OUTPUT = "output"

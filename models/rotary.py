@@ -11,7 +11,7 @@ alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -69,14 +69,8 @@ class PerSequenceRotary(nn.Module):
         lengths = _lengths.get()
         if lengths is None:
             lengths = (position_ids.max() + 1).expand(position_ids.shape)
-        rope_type, parameters = self._rope(layer_type)
-        config: Any = self._original.config
-        if rope_type == "longrope":
-            trained = int(parameters["original_max_position_embeddings"])
-            return torch.where(lengths > trained, trained + 1, trained)
-        if rope_type == "dynamic":
-            return lengths.clamp(min=int(config.max_position_embeddings))
-        return torch.zeros_like(lengths)
+        shortest, longest = _told_apart(*self._rope(layer_type), self._original.config)
+        return lengths.clamp(shortest, longest)
 
     def _at(
         self, length: int, x: Tensor, position_ids: Tensor, layer_type: str | None, arguments: tuple[str, ...]
@@ -118,6 +112,40 @@ def rope_types(module: nn.Module) -> set[str]:
     if isinstance(found, str):
         return {found}
     return set(found.values()) if isinstance(found, dict) else set()
+
+
+def effective_length(body: nn.Module) -> Callable[[int], tuple[int, ...]]:
+    """What the length-dependent rotary modules of a network make of a text's length: equal for lengths under
+    which it computes the same."""
+    bounds = [
+        _told_apart(kind, parameters, module.config)
+        for module in body.modules()
+        if rope_types(module) & LENGTH_DEPENDENT
+        for kind, parameters in _ropes(module)
+    ]
+    return lambda length: tuple(_clamp(length, *each) for each in bounds)
+
+
+def _ropes(module: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Every kind of position of a rotary module, and its parameters."""
+    kinds, parameters = module.rope_type, module.config.rope_parameters
+    if isinstance(kinds, str):
+        return [(kinds, parameters)]
+    return [(kind, parameters[layer_type]) for layer_type, kind in kinds.items()]
+
+
+def _told_apart(rope_type: str, parameters: dict[str, Any], config: Any) -> tuple[int, int | None]:
+    """The shortest and the longest length that matter: shorter and longer ones give the same frequencies."""
+    if rope_type == "longrope":
+        trained = int(parameters["original_max_position_embeddings"])
+        return trained, trained + 1
+    if rope_type == "dynamic":
+        return int(config.max_position_embeddings), None
+    return 0, 0
+
+
+def _clamp(length: int, shortest: int, longest: int | None) -> int:
+    return max(length, shortest) if longest is None else min(max(length, shortest), longest)
 
 
 def is_length_dependent(model: nn.Module) -> bool:

@@ -34,8 +34,9 @@ from models.learned import missing
 from models.memory import estimate_bytes, watch_step
 from models.network import Network
 from models.rotary import sequence_lengths
-from models.seam import NAME, Member, Step, in_groups
+from models.seam import NAME
 from models.sequence import OpenSequence, Sequences
+from models.step import Member, Step, in_groups
 
 BEGUN = "its sequence belongs to a forward that has begun"
 PRICES_KEPT = 8192
@@ -211,6 +212,8 @@ def _step(network: Network, slices: Sequence[Slice]) -> StepResult:
         return StepResult((), None)
     peak = watch_step(network.device, sum(len(s.token_ids) for s in slices))
     results = run(network, slices)
+    if any(_state(s).closed for s in slices):
+        raise RuntimeError("a sequence was closed while its forward had begun: others may have its pages")
     for s in slices:
         _state(s).read(s.token_ids, s.choice)
     return StepResult(results, None if was_left() else peak())

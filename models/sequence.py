@@ -15,11 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import lcm
-from typing import Any
-
-from torch import nn
 
 from kernels.registry import load as load_backend
 from models.arena import PAGE_TOKENS, Page
@@ -28,7 +24,7 @@ from models.kv_cache import Cache
 from models.network import Network
 from models.pages import PagePool
 from models.prefix import Chain, root_key
-from models.rotary import LENGTH_DEPENDENT, rope_types
+from models.rotary import effective_length
 
 Effective = Callable[[int], Hashable]
 """What a network makes of a text's length: equal for lengths under which it computes the same."""
@@ -155,7 +151,7 @@ class Sequences:
         pages = self.pool.attach(chain.keys, sharing.unit_pages, len(prompt.token_ids))
         del chain.keys[len(pages) :]
         length = len(pages) * PAGE_TOKENS
-        chain = Chain(self._root(prompt, sharing), PAGE_TOKENS, chain.keys)
+        chain = Chain(self._root(prompt, sharing), PAGE_TOKENS, chain.keys, sharing.unit_pages)
         return OpenSequence(capacity, self._cache(capacity, pages, length), length, sharing, chain)
 
     def cached_tokens(self, prompt: Prompt) -> int:
@@ -205,33 +201,6 @@ class Sequences:
 
     def _chain(self, prompt: Prompt, sharing: Sharing) -> Chain:
         """Of the pages that a sequence may begin with: the last token must be read for what follows it."""
-        chain = Chain(self._root(prompt, sharing), PAGE_TOKENS)
+        chain = Chain(self._root(prompt, sharing), PAGE_TOKENS, unit_pages=sharing.unit_pages)
         chain.append(prompt.token_ids[: max(sharing.total - 1, 0)])
         return chain
-
-
-def effective_length(body: nn.Module) -> Effective:
-    """What the rotary embeddings of a network make of a text's length, as ``models.rotary`` has it."""
-    found = [
-        rule for module in body.modules() if rope_types(module) & LENGTH_DEPENDENT for rule in _rules(module)
-    ]
-    return lambda length: tuple(rule(length) for rule in found)
-
-
-def _rules(module: Any) -> list[Callable[[int], int]]:
-    """One for every length-dependent kind of position of a rotary module of transformers."""
-    kinds, parameters = module.rope_type, module.config.rope_parameters
-    if isinstance(kinds, str):
-        kinds, parameters = {"": kinds}, {"": parameters}
-    rules: list[Callable[[int], int]] = []
-    for layer_type, kind in kinds.items():
-        if kind == "longrope":
-            trained = int(parameters[layer_type]["original_max_position_embeddings"])
-            rules.append(partial(_longer, trained))
-        elif kind == "dynamic":
-            rules.append(partial(max, int(module.config.max_position_embeddings)))
-    return rules
-
-
-def _longer(trained: int, length: int) -> int:
-    return int(length > trained)

@@ -20,7 +20,8 @@ from kernels.contract import Backend, Params, Stats
 from kernels.parallel import MIN_ROWS
 
 if TYPE_CHECKING:
-    from models.seam import LayerPlan, Member
+    from models.seam import LayerPlan
+    from models.step import Member
 
 STRETCH_FLOPS = 2e9
 """Operations of attention between two yield points: some 50 ms on a slow core."""

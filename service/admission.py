@@ -28,13 +28,17 @@ class Admission:
         self._check_possible(entries)
         costs: dict[Lane, float] = {}
         for entry in entries:
-            entry.cost_ms = entry.price(entry.read, entry.left)
-            entry.lane, entry.read_before = self._lane_of(entry.cost_ms), entry.read
+            self.price(entry)
             costs[entry.lane] = costs.get(entry.lane, 0.0) + entry.cost_ms
         self._check_queue(1, sum(entry.tokens for entry in entries))
         self._check_work(costs)
         for entry in entries:
             self._ledger.waiting[entry.key] = entry
+
+    def price(self, entry: Entry) -> None:
+        """What is left of its prompt decides its lane."""
+        entry.cost_ms = entry.price(entry.read, entry.left)
+        entry.lane, entry.read_before = self._lane_of(entry.cost_ms), entry.read
 
     def _lane_of(self, cost_ms: float) -> Lane:
         return "long" if cost_ms > self._limits.short_ms else "short"

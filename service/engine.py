@@ -18,11 +18,12 @@ from service.jobs import Job
 from service.logs import log_failure
 from service.pricing import Entries
 from service.roster import Roster
-from service.running import Steps, StepSeen
+from service.running import Steps
 from service.schedule import Limits, Rejected, Step
 from service.scheduler import Scheduler
+from service.seen import StepSeen, TimeSeen
 
-__all__ = ["Engine", "Load", "StepSeen"]
+__all__ = ["Engine", "Load"]
 
 log = logging.getLogger("longreach.engine")
 WATCHDOG_S = 120.0
@@ -48,6 +49,7 @@ class Engine:
         observe: Callable[[StepSeen], None],
         costs: CostModel | None = None,
         watchdog_s: float = WATCHDOG_S,
+        observe_time: Callable[[TimeSeen], None] = lambda seen: None,
     ) -> None:
         self.clock = clock
         self.costs = costs if costs is not None else CostModel()
@@ -57,7 +59,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self.costs.fixed_ms)
         self._roster = Roster(self._scheduler, Entries(self.costs), clock)
         self._heartbeat = Heartbeat(clock)
-        self._steps = Steps(self._roster, self.costs, self._heartbeat, clock, observe)
+        self._steps = Steps(self._roster, self.costs, self._heartbeat, clock, observe, observe_time)
         self._changed = self._roster.changed
         self._stopping = False
         self._failed = False

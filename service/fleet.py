@@ -55,9 +55,15 @@ async def _loaded(runtime: Runtime, name: str, source: str, load: Load) -> Serve
 
 async def unload_one(runtime: Runtime, name: str) -> None:
     """Serve the model no more: new requests do not find it, running ones have ``drain_seconds`` to end. Its
-    memory is free when this returns. It runs to its end even where who asked for it leaves."""
+    memory is free when this returns. It runs to its end even where who asked for it leaves. ApiError where
+    the engine has stalled in a step of it: then it is served again, and can be unloaded once that is over."""
     async with _change(runtime):
-        await _drained(runtime, runtime.remove_model(name))
+        model = runtime.remove_model(name)
+        try:
+            await _drained(runtime, model)
+        except ApiError:
+            runtime.put_back(model)
+            raise
         _forget(runtime, name)
         await asyncio.to_thread(_give_back)
 

@@ -71,6 +71,7 @@ class Queue:
     others; each by its turn. Their ranks are by their claims."""
 
     def __init__(self, entries: Sequence[Entry], now: float) -> None:
+        self.now = now
         self.order = sorted(entries, key=lambda entry: (not entry.due, entry.turn(now)))
         by_claim = sorted(entries, key=lambda entry: entry.claim(now))
         self._rank = {entry.key: rank for rank, entry in enumerate(by_claim)}
@@ -86,34 +87,62 @@ class Queue:
 
 class Room:
     """What a step that is being planned may still start: a waiting entry that was passed too often keeps what
-    is free for itself."""
+    is free for itself. Where it must wait for long prompts that run in any case (they leave it no room, or
+    its model has begun one), it keeps what is free from other long ones alone: short requests do not wait for
+    the end of a document."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._waiting = ledger.waiting
         self._bytes = ledger.limits.memory_bytes - ledger.reserved_bytes
         self._places = ledger.limits.max_running - ledger.reserved_places
+        long = [entry for entry in ledger.running.values() if entry.lane == "long"]
+        self._bytes_beside_long = ledger.limits.memory_bytes - sum(entry.bytes for entry in long)
+        self._places_beside_long = ledger.limits.max_running - sum(entry.places for entry in long)
+        self._models_begun = {entry.model for entry in long if entry.begun}
+        self._closed_to_long = False
+        self._kept: set[int] = set()
+        """Keys of those that fit and have what they need set apart, whichever step will start them."""
         self.blocked: dict[int, Entry] = {}
         """By key: those that lack memory or places."""
         self.started: list[Entry] = []
 
     def holds(self, entry: Entry) -> bool:
         """Whether it runs already or may start now."""
-        if entry.key not in self._waiting:
+        if entry.key not in self._waiting or entry.key in self._kept:
             return True
         lacks_bytes = entry.bytes > self._bytes
-        if not lacks_bytes and entry.places <= max(self._places, 0):
+        closed = self._closed_to_long and entry.lane == "long"
+        if not closed and not lacks_bytes and entry.places <= max(self._places, 0):
+            if entry.due and not self._waits_for_long(entry):
+                self._spend(entry)
+                self._kept.add(entry.key)
             return True
         self.blocked[entry.key] = entry
         if entry.due:
-            self._bytes = -1 if lacks_bytes else self._bytes
-            self._places = 0
+            self._keep_for(entry, lacks_bytes)
         return False
+
+    def _keep_for(self, entry: Entry, lacks_bytes: bool) -> None:
+        if self._waits_for_long(entry):
+            self._closed_to_long = True
+            return
+        self._bytes = -1 if lacks_bytes else self._bytes
+        self._places = 0
+
+    def _waits_for_long(self, entry: Entry) -> bool:
+        if entry.lane == "long" and entry.model in self._models_begun:
+            return True
+        return entry.bytes > self._bytes_beside_long or entry.places > self._places_beside_long
 
     def take(self, entry: Entry) -> None:
         if entry.key in self._waiting:
-            self._bytes -= entry.bytes
-            self._places -= entry.places
+            if entry.key not in self._kept:
+                self._spend(entry)
             self.started.append(entry)
+
+    def _spend(self, entry: Entry) -> None:
+        self._bytes -= entry.bytes
+        self._places -= entry.places
 
 
 def passed_over(queue: Queue, room: Room, offered: Sequence[Entry], read: Sequence[Entry]) -> list[Entry]:

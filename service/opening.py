@@ -30,20 +30,26 @@ class Opener:
             if sequence.state is None:
                 sequence.state = job.model.open(sequence.capacity, sequence.prompt)
                 sequence.cached_tokens = sequence.state.length
-                tokens = _from_there(entry, tokens, sequence.cached_tokens)
-                entry.read = sequence.cached_tokens
+                tokens = self._correct(entry, tokens, sequence.cached_tokens)
             start = sequence.state.length
             return Part(job, sequence, entry, start, sequence.next_slice(sequence.state, tokens))
         except Exception as error:
             self._delivery.fail(job, error)
             return None
 
+    def _correct(self, entry: Entry, tokens: int, cached_tokens: int) -> int:
+        """How many of the planned ``tokens`` to read where the cache holds ``cached_tokens``."""
+        if cached_tokens == entry.read:
+            return tokens
+        tokens = _from_there(entry, tokens, cached_tokens)
+        with self._roster.changed:
+            self._roster.scheduler.found(entry, cached_tokens)
+        return tokens
+
 
 def _from_there(entry: Entry, tokens: int, cached_tokens: int) -> int:
     """How many of the planned ``tokens`` to read where the cache holds ``cached_tokens`` and not
     ``entry.read``: no more than planned, ending at a multiple again unless at the prompt's end."""
-    if cached_tokens == entry.read:
-        return tokens
     if not entry.chunkable:
         return entry.tokens - cached_tokens
     multiple = entry.chunk_multiple

@@ -108,8 +108,8 @@ class Roster:
 
 
 def _hand_on(job: Job, sequence: Sequence) -> None:
-    """What a finished input leaves for the answer stays reserved: an input that is not done answers for it,
-    one that runs before one that waits."""
+    """An input that is not done answers for what a finished one leaves for the answer: one that runs before
+    one that waits, which reserves it with its own when it starts."""
     if not sequence.output_bytes:
         return
     pending = [other for other in job.sequences if not other.finished]

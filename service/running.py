@@ -20,27 +20,10 @@ from service.opening import Opener
 from service.pricing import Prices
 from service.roster import Roster
 from service.schedule import Entry, Step
+from service.seen import StepSeen, TimeSeen, time_seen
 from service.sequences import Sequence
 
 log = logging.getLogger("longreach.engine")
-
-
-@dataclass(frozen=True)
-class StepSeen:
-    """What a step that is done was, for metrics. ``seconds`` are those it ran, on the account of its lane;
-    a long one was left ``pauses`` times."""
-
-    model: str
-    requests: int
-    tokens: int
-    seconds: float
-    predicted_ms: float = 0.0
-    long: bool = False
-    pauses: int = 0
-
-    @property
-    def lane(self) -> str:
-        return "long" if self.long else "short"
 
 
 @dataclass(eq=False)
@@ -69,12 +52,14 @@ class Steps:
         heartbeat: Heartbeat,
         clock: Callable[[], float],
         observe: Callable[[StepSeen], None],
+        observe_time: Callable[[TimeSeen], None],
     ) -> None:
         self._roster = roster
         self._costs = costs
         self._heartbeat = heartbeat
         self._clock = clock
         self._observe = observe
+        self._observe_time = observe_time
         self._delivery = Delivery(roster)
         self._opener = Opener(roster, self._delivery)
         self._begun: dict[Step, Running] = {}
@@ -118,6 +103,8 @@ class Steps:
         now = self._heartbeat.beat()
         seconds = now - started
         running.seconds += seconds
+        left = result is None and failure is None and not running.abandoned
+        self._observe_time(time_seen(step, seconds, left=left))
         if failure is not None or not running.parts:
             self._raised(running, failure, seconds)
         elif result is None:

@@ -14,13 +14,14 @@ from kernels.registry import BACKENDS, load
 from models.contract import Choice, ServedModel, Task
 from service.cost import CostModel
 from service.drain_rate import DrainRate
-from service.engine import Engine, StepSeen
+from service.engine import Engine
 from service.errors import ApiError, invalid
 from service.jobs import Job
 from service.metrics import Metrics
 from service.progress import Progress
 from service.readers import Readers
 from service.schedule import Limits
+from service.seen import StepSeen, TimeSeen
 from service.settings import Settings
 from service.validation import shown_name
 
@@ -55,7 +56,9 @@ class Runtime:
         self.supported: dict[str, tuple[str, ...]] = {}
         """model -> backends that it can run with default params."""
         self.costs = CostModel()
-        self.engine = Engine(_limits(settings), clock, self._observe_step, self.costs, settings.watchdog_s)
+        self.engine = Engine(
+            _limits(settings), clock, self._observe_step, self.costs, settings.watchdog_s, self._observe_time
+        )
         self.readers = Readers(num_threads=4)
         """Tokenising."""
         self.workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="longreach-worker")
@@ -86,6 +89,11 @@ class Runtime:
         self.models = {other: served for other, served in self.models.items() if other != name}
         self._share_cache()
         return model
+
+    def put_back(self, model: ServedModel) -> None:
+        """Serve a model again that was removed and not forgotten."""
+        self.models = {**self.models, model.info.name: model}
+        self._share_cache()
 
     def forget_model(self, name: str) -> None:
         """What is left of a model that was removed and has no requests any more."""
@@ -200,12 +208,15 @@ class Runtime:
         self.metrics.batch_requests.labels(seen.model).observe(seen.requests)
         self.metrics.batch_tokens.labels(seen.model).observe(seen.tokens)
         self.metrics.step.labels(seen.model).observe(seen.seconds)
-        self.metrics.lane_seconds.labels(seen.lane).inc(seen.seconds)
-        self.metrics.pauses.labels(seen.model).inc(seen.pauses)
         if seen.predicted_ms > 0 and seen.seconds > 0:
             ratio = seen.predicted_ms / 1e3 / seen.seconds
             self.metrics.step_prediction.labels(seen.model).observe(ratio)
             self.drain.observe(seen.predicted_ms, seen.seconds)
+
+    def _observe_time(self, seen: TimeSeen) -> None:
+        for lane, seconds in seen.seconds.items():
+            self.metrics.lane_seconds.labels(lane).inc(seconds)
+        self.metrics.pauses.labels(seen.model).inc(seen.left)
 
     def wait_s(self) -> float:
         """Until what waits now is read, should the engine do nothing else: what was predicted, at the rate at

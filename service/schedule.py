@@ -127,6 +127,13 @@ class Step:
     def tokens(self) -> int:
         return sum(tokens for _, tokens in self.parts)
 
+    @property
+    def long_share(self) -> float:
+        """Of its time: on the account of the long lane."""
+        if self.long:
+            return 1.0
+        return self.lent_ms / self.predicted_ms if self.predicted_ms > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Limits:

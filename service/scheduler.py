@@ -6,10 +6,12 @@ filled to a predicted time. A long step can be left for short work and gone on w
 
 Within a lane the order is effective priority, deadline, arrival, and nothing starves: priority grows with
 waiting, and what was passed over ``MAX_PASSED_STEPS`` times (for memory, places, or the room that its
-smallest piece needs) goes first, and keeps memory and places from those behind it."""
+smallest piece needs) goes first, and keeps memory and places from those behind it (from long prompts alone
+while it must wait for a long prompt that runs)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from service.admission import Admission
@@ -104,11 +106,20 @@ class Scheduler:
         bytes_each, places_each = leader.bytes // count, leader.places // count
         for entry in followers:
             entry.bytes, entry.places, entry.read = bytes_each, places_each, entry.tokens
+            entry.lane = leader.lane
             entry.decoding, entry.dropped = True, entry.dropped or leader.dropped
             self._ledger.start(entry)
         leader.bytes -= bytes_each * len(followers)
         leader.places -= places_each * len(followers)
         self._stale = True
+
+    def found(self, entry: Entry, tokens: int) -> None:
+        """The cache holds so many tokens of a prompt whose first step begins, more or fewer than when it was
+        admitted. One that has become long leaves the short lane; a begun long step stays one."""
+        entry.read = tokens
+        if entry.lane == "short":
+            self._admission.price(entry)
+            self._stale = True
 
     def drop(self, job: str) -> None:
         """Forget a request: what waits leaves at once, what runs is never planned again and keeps its bytes
@@ -189,12 +200,12 @@ class Scheduler:
     def ran(self, step: Step, seconds: float) -> None:
         """A slice of a long step ran, and it was left."""
         self._begun.ran(step, self._turns.charge(step, seconds))
-        self.rate.observe(0.0, seconds)
+        self._read_until(step, self._begun.ran_ms(step), seconds)
 
     def advance(self, step: Step, seconds: float) -> None:
         """A step is done: prompts have been read. ``seconds`` of its last slice, where it was left before."""
         self._turns.charge(step, seconds)
-        self.rate.observe(step.reading_ms, seconds)
+        self._read_until(step, math.inf, seconds)
         self._end(step)
         for entry, tokens in step.parts:
             entry.solo = False
@@ -206,10 +217,18 @@ class Scheduler:
     def failed(self, step: Step, seconds: float) -> None:
         """A step raised or was given up: nothing has been read. Entries that shared it run alone next."""
         self._turns.charge(step, seconds)
-        self.rate.observe(0.0, seconds)
+        self._read_until(step, self._begun.ran_ms(step), seconds)
         self._end(step)
         for entry, _ in step.parts:
             entry.solo = len(step.parts) > 1
+
+    def _read_until(self, step: Step, ms: float, seconds: float) -> None:
+        """A step, or a slice of one, took ``seconds``, and so much of its reading is done by now: of a long
+        step as much as it has run, so that the drain rate does not fall until it ends (or is given up: the
+        machine is no slower for that)."""
+        read_ms = min(ms, step.reading_ms)
+        self.rate.observe(read_ms - self._begun.counted_ms(step), seconds)
+        self._begun.count(step, read_ms)
 
     def _end(self, step: Step) -> None:
         self._stale = True
@@ -243,7 +262,10 @@ class Scheduler:
     def _shorter(self, model: str, queue: Queue) -> Draft | None:
         """A step so much shorter than what is left of the begun one that it may begin on top of it."""
         draft = self._planner.long(model, queue) if self._begun.has_room(model) else None
-        return draft if draft is not None and self._begun.is_shorter(draft.predicted_ms, model) else None
+        if draft is None:
+            return None
+        entries = [entry for entry, _ in draft.parts]
+        return draft if self._begun.waits_for(entries, draft.predicted_ms, model, queue.now) else None
 
     def _other_long(self, model: str, queue: Queue) -> list[str]:
         """Other models with long work that could run now."""

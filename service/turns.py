@@ -80,7 +80,7 @@ class Turns:
             self._charge("long", step.model, new_ms)
             self._charged_ms = 0.0
             return new_ms
-        lent_ms = ms * step.lent_ms / step.predicted_ms if step.predicted_ms > 0 else 0.0
+        lent_ms = ms * step.long_share
         self._charge("long", step.model, lent_ms)
         self._charge("short", step.model, ms - lent_ms)
         return ms

@@ -51,7 +51,8 @@ async def run_probes(runtime: Runtime, model: ServedModel) -> int:
         if runtime.clock() + s_per_token * probe.size <= ends:
             seconds = await _seconds(runtime, model, probe, i)
             num_run += seconds is not None
-            s_per_token = s_per_token if seconds is None else seconds / probe.size
+            if seconds is not None and i > 0:  # first use says nothing about what comes
+                s_per_token = seconds / probe.size
         runtime.progress.done = i + 1
     return num_run
 

@@ -37,7 +37,8 @@ def make(folder: Path, *arguments: str, path: str | None = None) -> subprocess.C
 def test_help_lists_every_target_with_what_it_does(checkout: Path) -> None:
     done = make(checkout)
     listed = re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE)
-    assert listed == ["help", "serve", "test", "check", "bench", "load", "clean"]
+    figures = ["interference", "mixing", "decode", "chaos"]
+    assert listed == ["help", "serve", "test", "check", "bench", *figures, "load", "clean"]
 
 
 def test_a_virtual_environment_is_made_once(checkout: Path) -> None:

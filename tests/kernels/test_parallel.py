@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from time import sleep
 from typing import Any
 
 import pytest
@@ -85,6 +86,21 @@ def test_a_failure_in_a_stretch_is_the_calls_failure(two_threads: None) -> None:
     q, k, v = make_inputs(1, (4, 2), 4096, 4096, 32)
     with pytest.raises(ValueError, match="layer number 3"):
         attend(q, k, v, backend="topk", params={"budget": [64]}, causal=True, scale=0.2, layer=3)
+
+
+def test_a_failure_is_raised_when_no_other_stretch_is_running_any_more(two_threads: None) -> None:
+    ended: list[int] = []
+
+    def fails() -> None:
+        raise ValueError("the first")
+
+    def takes_longer() -> None:
+        sleep(0.1)
+        ended.append(1)
+
+    with pytest.raises(ValueError, match="the first"):
+        parallel.side_by_side([fails, *[takes_longer] * 3], torch.device("cpu"))
+    assert len(ended) == 3
 
 
 def test_a_spread_call_works_in_inference_mode_and_fills_the_summaries(two_threads: None) -> None:

@@ -214,6 +214,20 @@ def test_a_sequence_belongs_to_its_forward_until_that_is_over(decoder: Model) ->
     assert mine.sequence.length == 30
 
 
+def test_a_sequence_closed_under_its_forward_gives_no_answer(decoder: Model) -> None:
+    """Its pages may be another's by then, even after the last layer's keys were written."""
+    _, pauses = to_the_end(decoder.begin([whole(decoder, random_ids(30))]))
+    for stop in (1, pauses // 2, pauses - 1):
+        part = whole(decoder, random_ids(30))
+        forward = decoder.begin([part])
+        for _ in range(stop):
+            assert forward.advance(lambda: True) is None
+        part.sequence.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            to_the_end(forward)
+        assert part.sequence.length == 0 and part.sequence not in decoder._begun
+
+
 def test_bad_slices_are_refused_when_a_forward_begins(decoder: Model) -> None:
     good, bad = whole(decoder, [5, 6, 7]), whole(decoder, [5, 6, 7])
     wrong = Slice(bad.sequence, [], choice(), "logits", 3)

@@ -160,7 +160,7 @@ def test_a_machine_without_proc_measures_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_cache_gives_back_what_was_written_as_views() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(1, 4, 6)]
     cache = Cache(shapes, 10, torch.float32, torch.device("cpu"))
-    assert cache.held_bytes == 0 and cache.full_bytes == 128 * (2 * 16 + 10) * 4
+    assert cache.held_bytes == 0
     k, v = torch.randn(1, 7, 4), torch.randn(1, 7, 6)
     cache.write(1, 0, k[:, :5], v[:, :5])
     cache.write(1, 5, k[:, 5:], v[:, 5:])

@@ -154,6 +154,25 @@ def test_what_is_shared_ends_with_a_tile(empty: Model) -> None:
         assert spared == shared and close(hidden, whole(empty, IDS, wanted)[spared:], 1e-9)
 
 
+@pytest.mark.parametrize("backend", ["xattention", "pooled", "topk", "vertical_slash"])
+def test_texts_that_part_within_a_tile_share_no_page_of_it(backend: str) -> None:
+    """Rows before the fork look, through their tile's choice, at tokens behind it: a third text must not get
+    pages of both."""
+    model = remembering(lambda: llama(max_position_embeddings=1024), 1024)
+    more: dict[str, Any] = {"num_verticals": 16, "num_slashes": 2}
+    if backend != "vertical_slash":
+        more = {"block_size": 32} | ({"mass": 0.5} if backend == "xattention" else {"budget": 64})
+    wanted = choice(backend, query_tile=256, **more)
+    one, other = (random_ids(640, seed=1) + random_ids(200, seed) for seed in (2, 3))
+    assert read(model, one, wanted)[0] == 0
+    spared, hidden = read(model, other, wanted)
+    assert spared == 512 and close(hidden, whole(model, other, wanted)[512:], 1e-9)
+    third = other + random_ids(100, seed=4)
+    spared, hidden = read(model, third, wanted)
+    assert spared == 768 and close(hidden, whole(model, third, wanted)[768:], 1e-9)
+    model._sequences.pool.check()
+
+
 def test_tiles_that_pages_do_not_divide_share_at_multiples_of_both() -> None:
     unit = Sharing(None, 192, lambda length: (), 1000).unit_pages
     assert unit * PAGE_TOKENS == 384
@@ -376,6 +395,22 @@ def test_keys_do_not_depend_on_how_tokens_come_in() -> None:
     later = Chain(b"", 4, expected[:5])
     later.append(ids[20:])
     assert later.keys == expected
+
+
+def test_pages_of_a_unit_get_their_keys_together_from_all_its_tokens() -> None:
+    def keys(*token_ids: int) -> list[bytes]:
+        made = Chain(b"", 2, unit_pages=2)
+        for token_id in token_ids:
+            made.append([token_id])
+        assert made.copy().keys == made.keys
+        return made.keys
+
+    assert keys(1, 2, 3) == [] and len(set(keys(1, 2, 3, 4, 5, 6, 7))) == 2
+    assert keys(1, 2, 3, 4)[0] != keys(1, 2, 3, 5)[0]
+    assert len(set(keys(1, 2, 3, 4, 1, 2, 3, 4, 9))) == 4
+    later = Chain(b"", 2, keys(1, 2, 3, 4), unit_pages=2)
+    later.append([5, 6, 7, 8])
+    assert later.keys == keys(1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def test_keys_tell_texts_and_roots_apart() -> None:

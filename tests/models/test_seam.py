@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.api import backend_names
 from kernels.registry import load as load_backend
 from models.contract import Slice
-from models.seam import Step, in_groups
+from models.step import Step, in_groups
 from tests.models.tiny import (
     FAMILIES,
     alone,
@@ -190,7 +190,7 @@ def test_a_step_is_spent_after_one_forward() -> None:
     made = network(llama)
     model = serve(made)
     plan = model._network.plan
-    from models.seam import Member
+    from models.step import Member
 
     step = Step(plan.layers, [Member(slice(0, 3), 0, choice(), None)])
     arguments: dict[str, Any] = {

@@ -9,7 +9,8 @@ import pytest
 from kernels.contract import Stats
 from models.contract import Work
 from models.kv_cache import LayerShape
-from models.seam import LayerPlan, _count
+from models.seam import LayerPlan
+from models.step import _count
 from tests.models.tiny import choice
 
 PLAN = LayerPlan(causal=True, window=None, ordinal=0, num_heads=2, shape=LayerShape(1, 8, 8))

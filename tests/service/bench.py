@@ -11,10 +11,11 @@ from typing import Any
 from models.contract import Choice, Flops
 from service.attention import exact_choice
 from service.cost import CostModel
-from service.engine import Engine, StepSeen
+from service.engine import Engine
 from service.jobs import Channel, Event, Job, Times
 from service.sampling import SamplingParams
 from service.schedule import Limits
+from service.seen import StepSeen, TimeSeen
 from service.sequences import EncodeSequence, Ending, GenerateSequence, TokenOut
 from tests.service.conftest import wait_for
 from tests.service.fake_model import EOS, FakeModel
@@ -56,11 +57,17 @@ class KeptEvents(Channel):
 class Bench:
     """Engine, what it observed, and the jobs that were sent to it."""
 
-    def __init__(self, models: tuple[FakeModel, ...], clock: Callable[[], float], limits: Limits) -> None:
+    def __init__(
+        self,
+        models: tuple[FakeModel, ...],
+        clock: Callable[[], float],
+        limits: Limits,
+        observe_time: Callable[[TimeSeen], None],
+    ) -> None:
         self.models = models
         self.seen: list[StepSeen] = []
         self.clock = clock
-        self.engine = Engine(limits, clock, self.seen.append, FixedCosts())
+        self.engine = Engine(limits, clock, self.seen.append, FixedCosts(), observe_time=observe_time)
         self._count = 0
 
     def encode(self, model: FakeModel, tokens: int, **fields: Any) -> Job:
@@ -106,7 +113,10 @@ class Bench:
 
 @contextmanager
 def running(
-    *models: FakeModel, clock: Callable[[], float] = time.monotonic, **limits: Any
+    *models: FakeModel,
+    clock: Callable[[], float] = time.monotonic,
+    observe_time: Callable[[TimeSeen], None] = lambda seen: None,
+    **limits: Any,
 ) -> Iterator[Bench]:
     """A started engine; at the end it stops, and nothing may be open or have been misused."""
     values: dict[str, Any] = {
@@ -121,7 +131,7 @@ def running(
         "short_weight": 4.0,
         "memory_bytes": 1 << 40,
     }
-    bench = Bench(models, clock, Limits(**{**values, **limits}))
+    bench = Bench(models, clock, Limits(**{**values, **limits}), observe_time)
     bench.engine.start()
     try:
         yield bench

@@ -245,6 +245,24 @@ def test_requests_that_take_too_long_are_failed_when_their_model_goes() -> None:
         assert model.closed and server.runtime.engine.num_jobs == 0
 
 
+def test_a_model_whose_step_hangs_cannot_go_until_it_goes_on() -> None:
+    blocker = Blocker()
+    model = decoder(on_step=blocker)
+    with administered(Loader(), model, drain_seconds=0.1) as server, ThreadPoolExecutor(2) as pool:
+        hanging = pool.submit(server.post, "/v1/generate", {"prompt": "a", "max_new_tokens": 4})
+        blocker.entered.wait(20)
+        going = pool.submit(delete, server, "dec")
+        wait_for(lambda: not server.runtime.models)
+        server.runtime.engine.give_up()
+        assert hanging.result().status_code == 503
+        check(going.result(), 503, "engine_unhealthy")
+        assert "dec" in server.runtime.models and not model.closed
+        blocker.release.set()
+        server.runtime.engine.take_back()
+        assert server.post("/v1/generate", {"prompt": "a", "max_new_tokens": 2}).status_code == 200
+        assert delete(server, "dec").status_code == 200 and model.closed
+
+
 def test_a_stream_that_takes_too_long_ends_with_the_error_as_its_last_event() -> None:
     model = decoder(on_step=slow(0.02))
     with administered(Loader(), model, drain_seconds=0.1) as server, ThreadPoolExecutor(1) as pool:

@@ -115,6 +115,9 @@ def test_leaving_while_a_long_prompt_is_read_ends_its_forward_where_it_may_be_le
         blocker.release.set()
         wait_for(lambda: not model.open_states and server.runtime.engine.reserved_bytes == 0)
         assert pieces == list(range(11)) and not model.open_forwards
+        text = server.get("/metrics").text
+        assert (sample(text, "longreach_lane_seconds_total", lane="long") or 0) > 0, "in vain, but spent"
+        assert sample(text, "longreach_long_step_pauses_total", model="dec") == 0
         assert server.post("/v1/generate", {"prompt": "y", "max_new_tokens": 2}).status_code == 200
 
 

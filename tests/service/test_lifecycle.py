@@ -15,6 +15,7 @@ import pytest
 from models.contract import Choice, Prompt
 from service.attention import exact_choice
 from service.errors import ApiError
+from service.seen import TimeSeen
 from service.watchdog import look, watch
 from tests.service.bench import Clock, done, failed, generated, ids_of, running, tokens_of, told
 from tests.service.conftest import Blocker, wait_for
@@ -73,6 +74,24 @@ def test_a_short_request_runs_in_the_middle_of_a_long_one(same_model: bool) -> N
     assert long.sequences[0].hidden.equal(alone.sequences[0].hidden)  # type: ignore[attr-defined]
 
 
+def test_lane_time_is_told_while_a_long_step_is_still_begun() -> None:
+    held, again = HeldAt(10), HeldAt(5)
+    model, other = long_encoder(held), encoder(on_step=lambda slices: again.blocker(None))
+    seen: list[TimeSeen] = []
+    with running(model, other, observe_time=seen.append) as bench:
+        long = bench.encode(model, LONG_TOKENS)
+        held.reached()
+        short = bench.encode(other, 20)
+        held.go_on()
+        again.reached()
+        assert [time.left for time in seen] == [True] and seen[0].seconds["long"] > 0
+        again.go_on()
+        done(short, long)
+    assert [time.left for time in seen] == [True, False, False]
+    assert seen[1].seconds["long"] == 0 < seen[1].seconds["short"]
+    assert sum(time.seconds["long"] for time in seen) == pytest.approx(bench.seen[-1].seconds)
+
+
 def test_many_short_requests_and_a_long_one_all_finish() -> None:
     model = decoder(pieces=PIECES, max_tokens=8192)
     with running(model) as bench:
@@ -104,6 +123,27 @@ def test_a_long_request_that_is_cancelled_is_freed_before_the_next_step() -> Non
         done(short)
         assert failed(long) == "client_closed_request"
     assert held.log == list(range(11)) and open_then == [1]
+
+
+def test_a_library_that_is_cancelled_below_a_chapter_leaves_and_the_chapter_is_read() -> None:
+    held = HeldAt(10)
+    model = long_encoder(held)
+    with running(model) as bench:
+        library = bench.encode(model, LONG_TOKENS)
+        held.reached()
+        chapter = bench.encode(model, LONG_TOKENS // 5)
+        below, above = held.blocker, Blocker()
+        held.log.clear()
+        held.blocker, held.piece = above, 3
+        below.release.set()
+        held.reached()
+        assert len(model.open_forwards) == 2 and [job.stage for job in (library, chapter)] == ["running"] * 2
+        bench.engine.cancel(library)
+        held.go_on()
+        done(chapter)
+        assert failed(library) == "client_closed_request"
+        wait_for(lambda: not model.open_forwards)
+    assert held.log == list(range(len(held.log))), "the library was not gone on with"
 
 
 def test_a_long_step_goes_on_for_those_who_still_wait() -> None:
@@ -436,11 +476,14 @@ def test_a_sequence_goes_on_where_the_cache_really_ends() -> None:
         blocker.entered.wait(20)
         model.steps.clear()
         less = bench.generate(model, 700, 4)
+        (entry,) = (sequence.entry for sequence in less.sequences)
+        assert entry is not None and (entry.read, entry.lane) == (640, "short")
         model.limit_cached(0)
         more = bench.generate(model, 700, 4)
         blocker.release.set()
         done(first, less, more)
         assert less.cached_tokens == more.cached_tokens == 0
+        assert entry.lane == "long" and any(seen.long for seen in bench.seen), "there is more to read"
         assert tokens_of(less) == tokens_of(more) == tokens_of(alone)
         ends = {tokens + start for step in model.steps for tokens, start in step if tokens > 1}
         assert all(end % 128 == 0 or end in (9, 700) for end in ends)

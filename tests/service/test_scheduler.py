@@ -403,7 +403,8 @@ def test_what_waits_for_memory_is_passed_only_so_often(lane: str, model: str) ->
             passed += any(job.startswith("s") for job, _ in planned(scheduler))
     assert passed == MAX_PASSED_STEPS
     scheduler.release(holder)
-    assert ("big", 5) in [part for _ in range(4) for part in planned(scheduler)]
+    rest = [part for _ in range(20) for part in planned(scheduler)]
+    assert ("big", 5) in rest, "when its model and its lane have their turn"
 
 
 def test_places_bound_how_many_sequences_hold_a_cache_and_choices_count_each() -> None:
@@ -543,6 +544,33 @@ def test_the_wait_told_is_that_of_half_the_work_at_the_measured_rate() -> None:
     with pytest.raises(Rejected) as caught:
         scheduler.check_room()
     assert caught.value.retry_after_s == pytest.approx(20_000 / rate)
+
+
+def test_the_drain_rate_stays_while_a_long_step_is_left_and_gone_on_with() -> None:
+    """Such a step counts as it goes: nobody is told to come back late while it runs, or early after it."""
+    scheduler = admitted(limits(max_queue_tokens=1 << 20), long_entry("library", 200_000, chunkable=False))
+    step, rates = long_step(scheduler), []
+    for i in range(100):
+        now = 2.0 * i
+        scheduler.resumed(step, now)
+        assert not scheduler.should_pause(step, now + 1.0)
+        scheduler.admit([entry(f"s{i}", 100, price=per_token(1.0), chunkable=False)], now + 1.0)
+        scheduler.ran(step, 1.9)
+        assert planned(scheduler, now + 1.9, 0.1) == [(f"s{i}", 100)]
+        assert scheduler.plan(now + 2.0) is step
+        rates.append(scheduler.rate.ms_per_s)
+    scheduler.advance(step, 10.0)
+    rates.append(scheduler.rate.ms_per_s)
+    assert rates == pytest.approx([1000.0] * 101)
+
+
+def test_the_drain_rate_stays_where_a_long_step_is_given_up() -> None:
+    scheduler = admitted(limits(), long_entry("library", 60_000, chunkable=False))
+    step = long_step(scheduler)
+    scheduler.ran(step, 5.0)
+    scheduler.drop("library")
+    scheduler.failed(step, 0.0)
+    assert scheduler.rate.ms_per_s == pytest.approx(1000.0)
 
 
 def test_the_drain_rate_follows_the_machine_and_bounds_the_wait() -> None:
@@ -746,6 +774,104 @@ def test_a_much_shorter_document_is_read_before_a_begun_one_goes_on() -> None:
     scheduler.ran(below, 1.1)
     assert planned(scheduler, 1.1, seconds=3.0) == [("chapter", 3_000)]
     assert scheduler.plan(4.1) is below
+
+
+def test_a_step_that_is_given_up_below_another_leaves_no_debt() -> None:
+    below, above = long_entry("below", 60_000, chunkable=False), long_entry("above", 9_000, chunkable=False)
+    scheduler = admitted(limits(), below)
+    lower = long_step(scheduler)
+    scheduler.admit([above], 0.0)
+    upper = long_step(scheduler)
+    scheduler.drop("below")
+    scheduler.failed(lower, 0.0)
+    scheduler.release(below)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False)], 0.0)
+    assert scheduler.begun == (upper,) and planned(scheduler) == [("chapter", 3_000)]
+
+
+@pytest.mark.parametrize("needed", [600, 300])
+def test_short_requests_go_on_while_a_second_document_waits_for_the_first(needed: int) -> None:
+    """For the memory that it holds, or for its turn where short requests hold what it needs beside that."""
+    first, second = (
+        long_entry(name, 60_000, chunkable=False, bytes=num_bytes)
+        for name, num_bytes in (("first", 600), ("second", needed))
+    )
+    scheduler = admitted(limits(), first)
+    step, now = long_step(scheduler), 0.0
+    scheduler.admit([second], now)
+    for i in range(3 * MAX_PASSED_STEPS):
+        second.passed_steps = max(second.passed_steps, MAX_PASSED_STEPS if needed == 300 else 0)
+        scheduler.admit([entry(f"s{i}", 10, bytes=300, chunkable=False)], now)
+        assert scheduler.should_pause(step, now + 0.1)
+        scheduler.ran(step, 0.1)
+        assert planned(scheduler, now + 0.1, 0.01) == [(f"s{i}", 10)]
+        assert scheduler.plan(now + 0.2) is step
+        now += 0.2
+        scheduler.resumed(step, now)
+    if needed == 600:
+        scheduler.admit([long_entry("third", 3_000, chunkable=False, bytes=100)], now)
+        assert scheduler.plan(now) is step, "no other document takes what is free, however short"
+    run(scheduler, step, 0.1)
+    assert planned(scheduler, now) == [("second", 60_000)]
+
+
+def test_a_prompt_that_the_cache_has_lost_leaves_the_short_lane() -> None:
+    lost, kept = long_entry("lost", 9_984, read=9_728), long_entry("kept", 9_984, read=1_024)
+    scheduler = admitted(limits(step_ms=500.0), lost, kept)
+    step = scheduler.plan(0.0)
+    assert step is not None and not step.long and shown(step)[0] == ("lost", 256)
+    scheduler.found(lost, 0)
+    scheduler.advance(step, 0.3)
+    assert lost.lane == "long" and lost.read == 256
+    step = long_step(scheduler)
+    assert shown(step) == [("kept", 512)], "less is left of it"
+    scheduler.found(kept, 9_728)
+    assert scheduler.plan(0.0) is step, "what has begun as a long step is gone on with as one"
+
+
+@pytest.mark.parametrize(
+    ("library", "chapter", "nested"),
+    [
+        ({"priority": 1}, {}, False),
+        ({"priority": 1}, {"priority": 2}, True),
+        ({}, {"deadline": 20.0}, True),
+        ({"deadline": 100.0}, {}, True),
+        ({"deadline": 70.0}, {}, False),
+        ({"deadline": 30.0}, {}, True),
+    ],
+)
+def test_a_chapter_begins_on_top_only_of_what_may_wait(
+    library: dict[str, Any], chapter: dict[str, Any], nested: bool
+) -> None:
+    """60 s of reading: a deadline in 100 s leaves room for 3 s more, one in 70 s does not, and one in 30 s
+    cannot be met anyway."""
+    scheduler = admitted(limits(), long_entry("library", 60_000, chunkable=False, **library))
+    below = long_step(scheduler)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False, **chapter)], 0.0)
+    assert scheduler.should_pause(below, 0.1) is nested
+    scheduler.ran(below, 0.1)
+    assert (scheduler.plan(0.1) is below) is not nested
+
+
+def test_what_was_passed_too_often_finds_its_memory_when_its_lane_has_its_turn() -> None:
+    """Short requests that hold memory end together, and others wait: they do not take it all again."""
+    document = long_entry("document", bytes=800)
+    scheduler = admitted(limits(), *(entry(f"s{i}", 5, bytes=300) for i in range(4)))
+    planned(scheduler)
+    scheduler.admit([document], 0.0)
+    decoded: dict[int, int] = {}
+    for i in range(200):
+        step = scheduler.plan(0.0)
+        assert step is not None
+        if any(part is document for part, _ in step.parts):
+            return
+        run(scheduler, step, 0.01)
+        for part, _ in step.parts:
+            decoded[part.key] = decoded.get(part.key, 0) + part.decoding
+            if decoded[part.key] == 8:
+                scheduler.release(part)
+                scheduler.admit([entry(f"t{i}", 5, bytes=300)], 0.0)
+    pytest.fail("the document never started")
 
 
 def test_documents_of_like_length_are_read_one_after_the_other() -> None:

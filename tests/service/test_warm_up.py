@@ -85,6 +85,18 @@ def test_a_slow_machine_stops_early() -> None:
         assert clock.now - began <= BUDGET_S and runtime.progress.ratio == 1.0
 
 
+def test_a_slow_first_use_does_not_keep_the_other_probes_out() -> None:
+    clock = Clock()
+
+    def slow_at_first(slices: Sequence[Slice]) -> None:
+        clock.now += 0.01 if model.steps else BUDGET_S / 2
+
+    model = decoder(max_tokens=8192, on_step=slow_at_first)
+    with runtime_of(model, clock) as runtime:
+        assert asyncio.run(run_probes(runtime, model)) == len(probes_of(model, 512))
+        assert runtime.costs.calibrated(model.info.name, "exact")
+
+
 def test_probes_beyond_the_servers_limits_are_left_out() -> None:
     model = decoder(max_tokens=8192)
     with runtime_of(model, memory_limit_bytes=200_000) as runtime:
