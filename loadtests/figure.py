@@ -39,9 +39,14 @@ class Figure:
     """Of this run alone: no prompt finds its beginning in the cache of an earlier one."""
 
     def token_ids(self, model: str, tokens: int) -> list[int]:
-        """The next prompt: drawn from the tokens of the sample text, no two with a common beginning."""
+        """The next prompt, no two with a common beginning: a passage of the sample text, where it is long
+        enough (a generation rarely ends early after one); else tokens drawn from it."""
         self.sent += 1
-        return random.Random(f"{self.options.seed}-{self.sent}").choices(self.pools[model], k=tokens)
+        draw, pool = random.Random(f"{self.options.seed}-{self.sent}"), self.pools[model]
+        if tokens > len(pool) // 2:
+            return draw.choices(pool, k=tokens)
+        begin = draw.randrange(len(pool) - tokens)
+        return pool[begin : begin + tokens]
 
     def body(
         self, task: str, model: str, attention: str, tokens: int, new_tokens: int = 1, stream: bool = False

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch import Tensor
+
 
 class NonFiniteOutput(ArithmeticError):
     """A step produced NaN or infinity for one slice; nothing advanced, the other slices can be run again.
@@ -15,3 +20,9 @@ class NonFiniteOutput(ArithmeticError):
             f"slice {index}: the model's {what} contain NaN or infinity. Try another dtype (float32), "
             "attention or input; the weights may be damaged."
         )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. Their sum tells as a rule; where it does not (it may overflow),
+    every number is looked at, which takes ten times as long."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())

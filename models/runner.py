@@ -25,7 +25,7 @@ from models.contract import (
     Tokenizer,
     Want,
 )
-from models.errors import NonFiniteOutput
+from models.errors import NonFiniteOutput, all_finite
 from models.flops import predict_flops
 from models.forward import LeavableForward, Ownership, offer_to_pause, was_left
 from models.head import Head
@@ -228,7 +228,7 @@ def run(network: Network, slices: Sequence[Slice]) -> tuple[SliceResult, ...]:
     step = Step(network.plan.layers, members, network.learned)
     hidden = _forward(network, packed, members, step)
     step.finish()
-    if not bool(torch.isfinite(hidden).all()):  # one look at all rows; only then, whose they are
+    if not all_finite(hidden):  # one look at all rows; only then, whose they are
         for index, member in zip(order, members, strict=True):
             _finite(index, "hidden states", hidden[member.rows])
     logits = _last_row_logits(network, order, packed, members, hidden)
@@ -311,6 +311,6 @@ def _scores(head: Head, hidden: Tensor, targets: Sequence[int]) -> Tensor:
 
 
 def _finite(index: int, what: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise NonFiniteOutput(index, what)
     return values

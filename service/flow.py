@@ -222,21 +222,16 @@ async def tokens_of(
         if first is None:
             return
         yield first
-    pending = asyncio.ensure_future(job.channel.next())
-    try:
-        while True:
-            done, _ = await asyncio.wait({pending}, timeout=flow.runtime.settings.keep_alive_s)
-            if not done:
-                yield None
-                continue
-            token = pending.result()
-            if token is None:
-                return
-            pending = asyncio.ensure_future(job.channel.next())
-            yield token
-    finally:
-        pending.cancel()
-        await asyncio.gather(pending, return_exceptions=True)
+    while True:
+        try:
+            async with asyncio.timeout(flow.runtime.settings.keep_alive_s):
+                token = await job.channel.next()
+        except TimeoutError:
+            yield None
+            continue
+        if token is None:
+            return
+        yield token
 
 
 def _read_timeout(request: Request) -> float | None:

@@ -66,9 +66,13 @@ class Memory:
     _measured: bool = False
     _shared: bool = False
 
-    def note(self, held_before: int, held_after: int, step_bytes: int | None, *, shared: bool) -> None:
-        """A step has run: bytes held before and after it, and what it took itself (None: not measured)."""
-        self._shared = self._shared or shared
+    def share(self) -> None:
+        """A step has run that was not this request's alone."""
+        self._shared = True
+
+    def note(self, held_before: int, held_after: int, step_bytes: int | None) -> None:
+        """A step of its own has run: bytes held before and after it, and what it took itself (None: not
+        measured)."""
         self._measured = self._measured or step_bytes is not None
         self._peak = max(self._peak, held_after, held_before + (step_bytes or 0))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.chunks import Budget, chunk
+from service.chunks import Budget, chunk, smallest
 from service.ledger import Ledger, Queue, Room, passed_over
 from service.schedule import Entry, Lane, Limits, Step
 
@@ -66,6 +66,7 @@ class Planner:
         self._ledger = ledger
         self._fixed_ms = fixed_ms
         self._decode_ms: dict[int, tuple[int, float]] = {}
+        self._saved_ms: dict[str, float] = {}
 
     def short(self, model: str, queue: Queue, lendable_ms: Callable[[float], float]) -> Draft | None:
         """The short step that ``model`` could run now; None where it has no short work that may start.
@@ -98,6 +99,11 @@ class Planner:
                 break
         draft.passed = passed_over(queue, room, [], _readers(draft))
         return draft if draft.parts else None
+
+    def ran(self, step: Step) -> None:
+        """A short step is done: prompts may take as long as those without one have decoded."""
+        reads = step.reading_ms > step.lent_ms
+        self._saved_ms[step.model] = 0.0 if reads else self._saved_ms.get(step.model, 0.0) + step.predicted_ms
 
     def forget(self, entry: Entry) -> None:
         """It has ended."""
@@ -139,12 +145,18 @@ class Planner:
         for entry in queue.order:
             if not room.holds(entry) or not _is_prompt(entry, draft.model, "short"):
                 continue
-            if (budget.spent and not entry.due) or misses == MAX_MISSES:
-                break
             first = len(draft.parts) == num_decoding
-            forced = first and (entry.due or not num_decoding)
+            forced = first and (entry.due or not num_decoding or self._has_saved_for(entry, budget))
+            if (budget.spent and not (entry.due or forced)) or misses == MAX_MISSES:
+                break
             misses += not self._offer(draft, budget, room, entry, forced=forced)
         draft.passed += passed_over(queue, room, mine, _readers(draft))
+
+    def _has_saved_for(self, entry: Entry, budget: Budget) -> bool:
+        """Whether steps without a prompt have left so much time to this model's prompts as the smallest piece
+        of this one needs: reading gets its half beside decoding."""
+        saved_ms = self._saved_ms.get(entry.model, 0.0)
+        return entry.price(entry.read, smallest(entry)) <= saved_ms + budget.ms
 
     def _whole(self, entry: Entry) -> float:
         """Price of the rest of a prompt that nobody else waits behind, where two steps' time is enough; else

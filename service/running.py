@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from models.contract import Forward, SliceResult, StepResult
 from service.cost import CostModel, SliceRun
 from service.delivery import Delivery, Part
 from service.heartbeat import Heartbeat
-from service.jobs import Job
 from service.opening import Opener
 from service.pricing import Prices
 from service.roster import Roster
@@ -32,7 +31,8 @@ class Running:
 
     step: Step
     parts: list[Part]
-    held_before: dict[Job, int] = field(default_factory=dict)
+    held_before: int = 0
+    """Bytes that its request held, where it has the step for itself."""
     forward: Forward | None = None
     seconds: float = 0.0
     pauses: int = 0
@@ -90,7 +90,8 @@ class Steps:
 
     def _open(self, step: Step, now: float) -> Running:
         parts = self._opener.open(step, now)
-        return Running(step, parts, {part.job: part.job.held_bytes for part in parts})
+        jobs = {part.job for part in parts}
+        return Running(step, parts, held_before=jobs.pop().held_bytes if len(jobs) == 1 else 0)
 
     def _go_on(self, running: Running, started: float) -> None:
         step, result = running.step, None
@@ -165,11 +166,14 @@ class Steps:
                 self._note_read(entry)
         jobs = {part.job for part in parts}
         tokens = sum(len(part.slice.token_ids) for part in parts)
-        peak_bytes = None if running.pauses else result.peak_bytes
         for job in jobs:
             job.batch_requests = max(job.batch_requests, len(jobs))
             job.batch_tokens = max(job.batch_tokens, tokens)
-            job.memory.note(running.held_before[job], job.held_bytes, peak_bytes, shared=len(jobs) > 1)
+            if len(jobs) > 1:
+                job.memory.share()
+            else:
+                peak_bytes = None if running.pauses else result.peak_bytes
+                job.memory.note(running.held_before, job.held_bytes, peak_bytes)
         for part, found in zip(parts, result.results, strict=True):
             self._delivery.deliver(part, found, now)
         lane = (step.predicted_ms, step.long, running.pauses)

@@ -207,6 +207,8 @@ class Scheduler:
         self._turns.charge(step, seconds)
         self._read_until(step, math.inf, seconds)
         self._end(step)
+        if not step.long:
+            self._planner.ran(step)
         for entry, tokens in step.parts:
             entry.solo = False
             if entry.decoding:

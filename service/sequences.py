@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.contract import Choice, Prompt, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
-from models.errors import NonFiniteOutput
+from models.errors import NonFiniteOutput, all_finite
 from service.sampling import Sampled, Sampler, SamplingParams
 from service.schedule import Entry
 from service.text_stream import Detokeniser, StopFinder
@@ -266,6 +266,6 @@ class GenerateSequence(Sequence):
 
 
 def _finite(values: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise NonFiniteOutput(0, what)
     return values

@@ -298,12 +298,21 @@ def test_decoding_is_not_left_out_for_time_but_beyond_the_tokens_of_a_step_it_ta
     assert {after.decoded - b for after, b in zip(tight._ledger.running.values(), before, strict=True)} == {4}
 
 
-def test_a_prompt_whose_smallest_piece_does_not_fit_beside_decoding_waits_only_so_long() -> None:
+def test_reading_gets_its_half_beside_decoding() -> None:
+    """A piece of 128 ms, where decoding leaves 50 of a step, waits for one step without it."""
     scheduler = admitted(limits(), entry("d", 5, price=lambda start, tokens: 150.0 if start >= 5 else 0.0))
     planned(scheduler)
-    scheduler.admit([entry("a", 500, price=per_token(1.0))])
-    steps = [planned(scheduler) for _ in range(MAX_PASSED_STEPS + 1)]
-    assert steps == [[("d", 1)]] * MAX_PASSED_STEPS + [[("d", 1), ("a", 128)]]
+    scheduler.admit([entry("a", 384, price=per_token(1.0))])
+    without, with_a_piece = [("d", 1)], [("d", 1), ("a", 128)]
+    assert [planned(scheduler) for _ in range(6)] == [without, with_a_piece] * 3
+
+
+def test_what_arrives_beside_sequences_that_only_decode_is_read_at_once() -> None:
+    scheduler = admitted(limits(), entry("d", 5, price=lambda start, tokens: 150.0 if start >= 5 else 0.0))
+    for _ in range(3):
+        planned(scheduler)
+    scheduler.admit([entry("a", 128, price=per_token(1.0))])
+    assert planned(scheduler) == [("d", 1), ("a", 128)]
 
 
 def standstill(scheduler: Scheduler, watched: Entry, arrivals: list[list[Entry]]) -> tuple[int, list[str]]:
