@@ -4,7 +4,8 @@
 
 Prompts of 128 tokens. Counted is what arrives while all sequences decode: from the moment when the last of
 them has its first token until the first of them ends; the prompts' own time is left out. Runs of one and of
-many are interleaved and repeated, medians are compared.
+many are interleaved and repeated, medians are compared. ``--plain`` asks without streams, whose events cost
+the server and this script time on the same cores, and sums each sequence's own rate.
 """
 
 from __future__ import annotations
@@ -46,11 +47,20 @@ def measure(figure: Figure) -> Measured:
 def decode(figure: Figure, attention: str, sequences: int) -> float:
     """Tokens per second of so many sequences at once."""
     options = figure.options
+    stream = not options.plain
     bodies = [
-        figure.body("generate", options.model, attention, options.tokens, options.new_tokens, stream=True)
+        figure.body("generate", options.model, attention, options.tokens, options.new_tokens, stream=stream)
         for _ in range(sequences)
     ]
-    return tokens_per_s(answered(figure.together("generate", bodies)))
+    answers = answered(figure.together("generate", bodies))
+    return tokens_per_s(answers) if stream else sum(map(own_tokens_per_s, answers))
+
+
+def own_tokens_per_s(answer: Answer) -> float:
+    """Of one sequence, as the server tells its time of decoding: reading the prompts of others beside it
+    included."""
+    tokens = int(answer.body["usage"]["completion_tokens"]) - 1
+    return tokens / (float(answer.body["stats"]["decode_ms"]) / 1e3) if tokens else 0.0
 
 
 def tokens_per_s(answers: Sequence[Answer]) -> float:
@@ -74,6 +84,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequences", type=int, default=16)
     add("--tokens", type=int, default=128, help="of each prompt")
     add("--new-tokens", type=int, default=128, help="at the most, of each sequence")
+    add("--plain", action="store_true", help="no streams: rates as the server tells them, summed")
     add("--repeat", type=int, default=3, metavar="N")
     options = parser.parse_args(argv)
     if options.smoke:

@@ -46,7 +46,7 @@ class Figure:
         if tokens > len(pool) // 2:
             return draw.choices(pool, k=tokens)
         begin = draw.randrange(len(pool) - tokens)
-        return pool[begin : begin + tokens]
+        return [draw.choice(pool), *pool[begin + 1 : begin + tokens]]
 
     def body(
         self, task: str, model: str, attention: str, tokens: int, new_tokens: int = 1, stream: bool = False
