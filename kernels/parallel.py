@@ -114,16 +114,13 @@ def _joined(parts: Sequence[AttentionResult], spent_ms: float) -> AttentionResul
     return AttentionResult(
         torch.cat([part.out for part in parts], 2),
         torch.cat(lse, 2) if lse else None,
-        _summed([part.stats for part in parts], spent_ms, rows),
+        _side_by_side([part.stats for part in parts], spent_ms, rows),
         rows,
     )
 
 
-def _summed(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> Stats:
-    """Selection's share of the time that threads worked, of the time that passed."""
-    selection_ms = sum(s.selection_ms for s in stats)
-    worked_ms = selection_ms + sum(s.compute_ms for s in stats)
-    share = selection_ms / worked_ms if worked_ms else 0.0
+def summed(stats: Sequence[Stats]) -> Stats:
+    """What the parts of one call computed together; ``dropped_mass``, a mean, stays the first's."""
     return replace(
         stats[0],
         pairs_kept=sum(s.pairs_kept for s in stats),
@@ -132,7 +129,19 @@ def _summed(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> 
         pairs_dense=sum(s.pairs_dense for s in stats),
         pairs_scored=sum(s.pairs_scored for s in stats),
         other_flops=sum(s.other_flops for s in stats),
+        selection_ms=sum(s.selection_ms for s in stats),
+        compute_ms=sum(s.compute_ms for s in stats),
         kept_per_head=_per_head([s.kept_per_head for s in stats]),
+    )
+
+
+def _side_by_side(stats: Sequence[Stats], spent_ms: float, dropped: Tensor | None) -> Stats:
+    """Selection's share of the time that threads worked, of the time that passed."""
+    total = summed(stats)
+    worked_ms = total.selection_ms + total.compute_ms
+    share = total.selection_ms / worked_ms if worked_ms else 0.0
+    return replace(
+        total,
         selection_ms=share * spent_ms,
         compute_ms=(1 - share) * spent_ms,
         dropped_mass=None if dropped is None else float(dropped.mean()),

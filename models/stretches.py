@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.contract import Backend, Params, Stats
-from kernels.parallel import MIN_ROWS
+from kernels.parallel import MIN_ROWS, summed
 
 if TYPE_CHECKING:
     from models.seam import LayerPlan
@@ -101,20 +101,7 @@ def merged(parts: Sequence[tuple[Stats, int]]) -> Stats:
     """What the stretches (each with its number of rows) computed together."""
     if len(parts) == 1:
         return parts[0][0]
-    stats = [each for each, _ in parts]
     measured = [(each.dropped_mass, rows) for each, rows in parts if each.dropped_mass is not None]
     rows = sum(rows for _, rows in measured)
-    per_head = [each.kept_per_head for each in stats if each.kept_per_head is not None]
-    return replace(
-        stats[0],
-        pairs_kept=sum(each.pairs_kept for each in stats),
-        pairs_exact=sum(each.pairs_exact for each in stats),
-        pairs_computed=sum(each.pairs_computed for each in stats),
-        pairs_dense=sum(each.pairs_dense for each in stats),
-        pairs_scored=sum(each.pairs_scored for each in stats),
-        other_flops=sum(each.other_flops for each in stats),
-        selection_ms=sum(each.selection_ms for each in stats),
-        compute_ms=sum(each.compute_ms for each in stats),
-        dropped_mass=sum(mass * n for mass, n in measured) / rows if rows else None,
-        kept_per_head=tuple(map(sum, zip(*per_head, strict=True))) if per_head else None,
-    )
+    dropped_mass = sum(mass * n for mass, n in measured) / rows if rows else None
+    return replace(summed([each for each, _ in parts]), dropped_mass=dropped_mass)

@@ -117,6 +117,6 @@ def test_what_stretches_count_is_added_up() -> None:
     def stats(n: int, heads: tuple[int, ...] | None) -> Stats:
         return Stats(n, 2 * n, 3 * n, 1.0, 3.0, "torch", 4 * n, 5 * n, None, 6 * n, heads)
 
-    whole = parallel._summed([stats(10, (3, 7)), stats(30, (20, 10))], 100.0, None)
+    whole = parallel._side_by_side([stats(10, (3, 7)), stats(30, (20, 10))], 100.0, None)
     assert whole == Stats(40, 80, 120, 25.0, 75.0, "torch", 160, 200, None, 240, (23, 17))
-    assert parallel._summed([stats(1, None), stats(2, None)], 1.0, None).kept_per_head is None
+    assert parallel._side_by_side([stats(1, None), stats(2, None)], 1.0, None).kept_per_head is None
