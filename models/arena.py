@@ -130,6 +130,11 @@ class Arena:
     def can_cool(self) -> bool:
         return self._mapped is not None
 
+    @property
+    def num_kept_free(self) -> int:
+        """Free pages that take up memory."""
+        return self.num_warm if self.can_cool else self.num_free
+
     def cool(self) -> None:
         """Free pages keep their place and give their memory back to the system."""
         if self._mapped is None or not self.num_warm:
@@ -168,8 +173,13 @@ class Arena:
         )
 
 
+def reserves_addresses(device: torch.device) -> bool:
+    """Whether an arena's memory comes from the system page by page, as it is written."""
+    return device.type == "cpu" and sys.platform == "linux"
+
+
 def _map(num_bytes: int, device: torch.device) -> mmap | None:
-    if device.type != "cpu" or sys.platform != "linux":
+    if not reserves_addresses(device):
         return None
     try:
         return mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)

@@ -30,15 +30,28 @@ from kernels.math.summaries import BlockSummaries
 from models.arena import PAGE_TOKENS, LayerShape, LayerViews, Page
 from models.pages import PagePool
 
-__all__ = ["Cache", "LayerShape"]
+CLOSED = "the sequence is closed: its cache was freed"
+
+__all__ = ["Cache", "LayerShape", "Slot"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a new row goes: ``row`` of these keys and values, layer by layer, of a whole arena."""
+
+    arena: LayerViews
+    row: int
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Positions begin .. stop - 1 of a sequence in consecutive pages, and the views of these rows alone."""
+    """Positions begin .. stop - 1 of a sequence in consecutive pages, and the views of these rows alone.
+    Position ``begin`` is row ``first`` of the ``arena``."""
 
     begin: int
     stop: int
+    arena: LayerViews
+    first: int
     layers: LayerViews
 
     def rows(self, layer: int, begin: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -104,14 +117,31 @@ class Cache:
         tokens."""
         if not self._runs:
             self._take_pages()
-        stop = start + k.shape[1]
-        if start < self._visible or stop > self.capacity:
-            raise RuntimeError(f"positions {start} to {stop} are not for this sequence to write: a bug.")
         if self._moving is not None:
             self._move(self._moving, layer)
-        self._summaries[layer].truncate(start)
-        self._kept[layer].truncate(start)
+        self.note_written(layer, start, start + k.shape[1])
         self._place(layer, start, k, v)
+
+    def slot(self, position: int) -> Slot | None:
+        """Where the row of a position goes in every layer, for a copy that places rows of many sequences at
+        once; ``note_written`` is to be called for each. None where rows are on their way to other pages."""
+        if not self._runs:
+            self._take_pages()
+        if self._moving is not None:
+            return None
+        run = next(run for run in self._runs if run.begin <= position < run.stop)
+        return Slot(run.arena, run.first + position - run.begin)
+
+    def note_written(self, layer: int, start: int, stop: int) -> None:
+        """Positions start .. stop - 1 of a layer are written anew: nothing is known of them any more, nor of
+        those that follow."""
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        if start < self._visible or stop > self.capacity:
+            raise RuntimeError(f"positions {start} to {stop} are not for this sequence to write: a bug.")
+        if start < self._written[layer]:
+            self._summaries[layer].truncate(start)
+            self._kept[layer].truncate(start)
         self._written[layer] = max(self._written[layer], stop)
 
     def keys_values(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +149,7 @@ class Cache:
         where its pages are scattered. ``write`` comes first."""
         if len(self._runs) == 1:
             keys, values = self._runs[0].layers[layer]
-            return keys[None, :, :length], values[None, :, :length]
+            return keys.narrow(1, 0, length).unsqueeze(0), values.narrow(1, 0, length).unsqueeze(0)
         parts = [run.rows(layer, 0, length) for run in self._runs]
         keys, values = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return keys[None], values[None]
@@ -145,7 +175,7 @@ class Cache:
         """The cache of another sequence that begins with the first ``length`` positions of this one, which
         have been read. It holds their pages until it has its own; summaries and states are made anew."""
         if self._closed:
-            raise RuntimeError("the sequence is closed: its cache was freed")
+            raise RuntimeError(CLOSED)
         pages = self._pages[: _num_pages(length)]
         self._pool.hold(pages)
         return Cache(self._shapes, capacity, self._dtype, self._device, self._pool, pages, length)
@@ -162,7 +192,7 @@ class Cache:
 
     def _take_pages(self) -> None:
         if self._closed:
-            raise RuntimeError("the sequence is closed: its cache was freed")
+            raise RuntimeError(CLOSED)
         shared, needed = self._pages, _num_pages(self.capacity)
         own, in_place = self._own_pages(shared, needed)
         self._held.extend(own)
@@ -249,7 +279,7 @@ def _runs(pool: PagePool, pages: Sequence[Page], length: int) -> list[_Run]:
     for first, last in pairwise([*begins, len(pages)]):
         begin, stop = first * PAGE_TOKENS, min(last * PAGE_TOKENS, length)
         row = pages[first].number * PAGE_TOKENS
-        rows = slice(row, row + stop - begin)
-        views = tuple((keys[:, rows], values[:, rows]) for keys, values in pool.views(pages[first]))
-        found.append(_Run(begin, stop, views))
+        rows, arena = slice(row, row + stop - begin), pool.views(pages[first])
+        views = tuple((keys[:, rows], values[:, rows]) for keys, values in arena)
+        found.append(_Run(begin, stop, arena, row, views))
     return found

@@ -20,13 +20,18 @@ from threading import Lock
 
 import torch
 
-from models.arena import PAGE_TOKENS, Arena, LayerShape, LayerViews, Page
+from models.arena import PAGE_TOKENS, Arena, LayerShape, LayerViews, Page, reserves_addresses
 from models.contract import CacheUse
 from models.prefix import PrefixIndex
 
 SMALLEST_ARENA_PAGES = 8
 SMALLEST_ARENA_BYTES = 16 << 20
 """A short sequence asks for an arena of 8 pages, or as many as 16 MiB hold, but at least what it needs."""
+
+RESERVED_PAGES = 512
+RESERVED_BYTES = 256 << 20
+"""The same where an arena is addresses, which become memory as they are written: sequences that share an
+arena write their new rows in one copy."""
 
 SPARE_BYTES = 64 << 20
 
@@ -181,7 +186,7 @@ class PagePool:
             return CacheUse(
                 held_bytes=sum(arena.num_held for arena in arenas) * self.page_bytes,
                 cached_bytes=self._index.num_resting * self.page_bytes,
-                free_bytes=sum(arena.num_free for arena in arenas) * self.page_bytes,
+                free_bytes=sum(arena.num_kept_free for arena in arenas) * self.page_bytes,
                 looked_up_tokens=self._looked_up_tokens,
                 found_tokens=self._found_tokens,
                 evicted_pages=self._evicted_pages,
@@ -207,8 +212,7 @@ class PagePool:
         return all(arena.is_empty for arena in self._arenas.values())
 
     def _new_arena(self, count: int) -> Arena:
-        by_bytes = SMALLEST_ARENA_BYTES // max(self.page_bytes, 1)
-        wanted = max(count, min(SMALLEST_ARENA_PAGES, by_bytes))
+        wanted = max(count, self._smallest_arena())
         self._serial += 1
         try:
             arena = Arena(self._serial, wanted, self.shapes, self.dtype, self.device)
@@ -219,6 +223,12 @@ class PagePool:
             arena = Arena(self._serial, count, self.shapes, self.dtype, self.device)
         self._arenas[self._serial] = arena
         return arena
+
+    def _smallest_arena(self) -> int:
+        """Pages."""
+        if reserves_addresses(self.device):
+            return min(RESERVED_PAGES, RESERVED_BYTES // max(self.page_bytes, 1))
+        return min(SMALLEST_ARENA_PAGES, SMALLEST_ARENA_BYTES // max(self.page_bytes, 1))
 
     def _take(self, arena: Arena, begin: int, count: int) -> list[Page]:
         arena.free.take(begin, count)
@@ -305,10 +315,10 @@ class PagePool:
         return beyond
 
     def _drop_arenas(self, spare_bytes: int) -> list[Arena]:
-        empty = [(len(arena.pages), serial) for serial, arena in self._arenas.items() if arena.is_empty]
+        empty = [(a.num_kept_free, serial) for serial, a in self._arenas.items() if a.is_empty]
         gone, kept = [], 0
         for num_pages, serial in sorted(empty):
             kept += num_pages * self.page_bytes
-            if kept > spare_bytes:
+            if kept > spare_bytes or not num_pages:
                 gone.append(self._arenas.pop(serial))
         return gone

@@ -269,8 +269,8 @@ def _forward(network: Network, packed: Sequence[Slice], members: Sequence[Member
 def _last_row_logits(
     network: Network, order: Sequence[int], packed: Sequence[Slice], members: Sequence[Member], hidden: Tensor
 ) -> dict[int, Tensor]:
-    """Logits [V] of the last row of every slice that wants them, by slice index; the head runs once for
-    all."""
+    """Logits [V], finite, of the last row of every slice that wants them, by slice index; the head runs once
+    for all."""
     wanting = [
         (i, m.rows.stop - 1) for i, s, m in zip(order, packed, members, strict=True) if s.want == "logits"
     ]
@@ -278,7 +278,11 @@ def _last_row_logits(
         return {}
     rows = torch.tensor([row for _, row in wanting], device=hidden.device)
     logits = network.head(hidden[rows])
-    return {index: row for (index, _), row in zip(wanting, logits, strict=True)}
+    found = {index: row for (index, _), row in zip(wanting, logits, strict=True)}
+    if not all_finite(logits):
+        for index, row in found.items():
+            _finite(index, "logits", row)
+    return found
 
 
 def _result(
@@ -293,7 +297,7 @@ def _result(
     if s.want == "hidden":
         return SliceResult(work, hidden=hidden.float())
     if logits is not None:
-        return SliceResult(work, logits=_finite(index, "logits", logits))
+        return SliceResult(work, logits=logits)
     if s.want == "scores" and network.head is not None:
         return SliceResult(work, scores=_finite(index, "scores", _scores(network.head, hidden, s.targets)))
     return SliceResult(work)

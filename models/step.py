@@ -20,10 +20,12 @@ from kernels.registry import load as load_backend
 from models.contract import Choice, Work
 from models.forward import can_be_left, offer_to_pause
 from models.kv_cache import Cache
+from models.new_rows import NewRow, NewRows
 from models.seam import LayerPlan, Learned, window_params
 from models.stretches import Piece, merged, one_after_another
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 NOTHING_LEARNED: Learned = {}
@@ -100,6 +102,8 @@ class _Layer:
     scale: float
     learned: Learned
     can_be_left: bool
+    placed: frozenset[int]
+    """Rows of the packed axis that are in their caches already."""
 
     @cached_property
     def new_keys(self) -> Tensor:
@@ -128,6 +132,9 @@ class Step:
         self._groups = [_Group(run) for run in runs]
         self._everyone = _Group(members)
         self._can_be_left = can_be_left()
+        self._members = tuple(members)
+        self._new_rows: NewRows | None = None
+        """Known when the first layer has its keys: places are only taken by a forward that has begun."""
 
     def attend(
         self,
@@ -143,7 +150,11 @@ class Step:
         if self._next >= len(self._layers):
             raise RuntimeError("the network called attention more often than at load. This is a bug.")
         plan = self._layers[self._next]
-        layer = _Layer(self._next, plan, q, k, v, scale, self._learned, self._can_be_left)
+        if self._new_rows is None:
+            self._new_rows = _decoded(self._members, k.device)
+        placed = self._new_rows.placed
+        layer = _Layer(self._next, plan, q, k, v, scale, self._learned, self._can_be_left, placed)
+        self._new_rows.write(layer.index, layer.new_keys, layer.new_values)
         self._next += 1
         if layer.plan.window is not None:
             return _run(layer, self._everyone, "window", window_params(layer.plan.window))
@@ -161,6 +172,16 @@ class Step:
                 f"the network called attention {self._next} times, {len(self._layers)} times at load. "
                 "This is a bug."
             )
+
+
+def _decoded(members: Sequence[Member], device: torch.device) -> NewRows:
+    """The rows that come one by one, of several sequences."""
+    rows = [
+        NewRow(member.cache, member.start, member.rows.start)
+        for member in members
+        if member.cache is not None and member.num_rows == 1
+    ]
+    return NewRows(rows if len(rows) > 1 else [], device)
 
 
 def _run_chosen(layer: _Layer, group: _Group) -> Tensor:
@@ -247,7 +268,8 @@ def _keys(layer: _Layer, member: Member, shared: bool = False) -> _Keys:
     if cache is None:
         known = BlockSummaries(member.num_rows) if shared else None
         return layer.k[:, :, rows], layer.v[:, :, rows], known, None
-    cache.write(layer.index, member.start, layer.new_keys[:, rows], layer.new_values[:, rows])
+    if rows.start not in layer.placed:
+        cache.write(layer.index, member.start, layer.new_keys[:, rows], layer.new_values[:, rows])
     keys, values = cache.keys_values(layer.index, member.stop)
     kept = cache.kept(layer.index, _owner(layer.plan, member.choice))
     return keys, values, cache.summaries(layer.index), kept

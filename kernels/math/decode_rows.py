@@ -123,4 +123,6 @@ def _is_one_call(query: Tensor, v: Tensor, runs: Sequence[slice]) -> bool:
 def _keys_of_run(query: Tensor, k: Tensor, v: Tensor, run: slice) -> tuple[Tensor, Tensor]:
     if run.start or run.stop != k.shape[2] or run.step != 1:
         k, v = k[:, :, run], v[:, :, run]
-    return k.to(query.dtype), v.to(query.dtype)
+    if k.dtype != query.dtype:
+        k, v = k.to(query.dtype), v.to(query.dtype)
+    return k, v

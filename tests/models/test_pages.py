@@ -172,7 +172,8 @@ class World:
         assert use.held_bytes == len(held) * PAGE_BYTES
         for page in held.values():
             assert page.holders == sum(page in life.cache._held for life in self.lives)
-        everything = sum(len(a.pages) for a in self.pool._arenas.values()) * PAGE_BYTES
+        untouched = sum(a.num_free - a.num_kept_free for a in self.pool._arenas.values())
+        everything = (sum(len(a.pages) for a in self.pool._arenas.values()) - untouched) * PAGE_BYTES
         assert use.held_bytes + use.cached_bytes + use.free_bytes == everything
         assert use.cached_bytes <= self.pool._max_cached_bytes
         poison(self.pool)
@@ -182,13 +183,20 @@ class World:
                     life.must_hold(layer, life.token_ids)
 
 
+def keep_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arenas as on a device that takes no page back."""
+    for module in (arenas, pages_module):
+        monkeypatch.setattr(module, "reserves_addresses", lambda device: False)
+
+
 @pytest.fixture(params=["cooled", "kept whole"])
 def small_arenas(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_module, "SMALLEST_ARENA_BYTES", 4 * PAGE_BYTES)
     monkeypatch.setattr(pages_module, "SPARE_BYTES", 6 * PAGE_BYTES)
     monkeypatch.setattr(pages_module, "COPIES_PER_READ", 2)
+    monkeypatch.setattr(pages_module, "RESERVED_PAGES", 4)
     if request.param == "kept whole":
-        monkeypatch.setattr(arenas, "_map", lambda num_bytes, device: None)
+        keep_whole(monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -390,11 +398,11 @@ def test_pages_dropped_while_the_pool_is_at_work_are_collected_later() -> None:
 def test_short_sequences_share_an_arena_and_long_ones_go_back_to_the_system() -> None:
     pool = PagePool(SHAPES, torch.float64, CPU)
     shorts = [pool.allocate(2) for _ in range(8)]
-    assert len(pool._arenas) == 2 and pool.use().free_bytes == 0
+    assert len(pool._arenas) == 1 and pool.use().free_bytes == 0
     long = pool.allocate(10_000)
     assert pool.use().held_bytes == 10_016 * PAGE_BYTES
     pool.release(long)
-    assert len(pool._arenas) == 2 and pool.use().free_bytes == 0
+    assert len(pool._arenas) == 1 and pool.use().free_bytes == 0
     for pages in shorts:
         pool.release(pages)
     assert pool.use().free_bytes == 16 * PAGE_BYTES <= pages_module.SPARE_BYTES and pool.is_idle()
@@ -409,6 +417,7 @@ def test_a_short_sequence_of_a_large_network_takes_no_more_pages_than_it_needs()
 
 
 def test_cached_pages_make_room_before_a_sequence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "RESERVED_PAGES", 1)
     sequences, life = grown(PROMPT, behind=20 * PAGE_TOKENS)
     life.state.close()
     room = [PAGE_BYTES * 100]
@@ -440,7 +449,7 @@ def test_an_arena_that_cannot_give_pages_back_counts_whole_against_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pages_module, "SPARE_BYTES", 0)
-    monkeypatch.setattr(arenas, "_map", lambda num_bytes, device: None)
+    keep_whole(monkeypatch)
     pool = PagePool(SHAPES, torch.float64, CPU)
     pool.limit_cached(50 * PAGE_BYTES)
     chains = [[bytes([n, i]) for i in range(3)] for n in range(4)]
@@ -490,7 +499,7 @@ def test_free_pages_give_memory_back_and_cached_ones_keep_theirs(
     chain = [bytes([n]) for n in range(20)]
     pool.publish(chain, pages[:20])
     pool.release(pages, chain)
-    assert pool.find(chain) == 10 and pool.use().free_bytes == 390 * pool.page_bytes
+    assert pool.find(chain) == 10 and pool.use().free_bytes == 0
     assert resident() - before < 0.1 * grown
     for keys, values in pool.views(pages[0]):
         assert bool((keys[:, : 10 * PAGE_TOKENS] == 3).all() and (values[:, : 10 * PAGE_TOKENS] == 4).all())

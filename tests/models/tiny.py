@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import transformers as hf
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 
 from kernels.registry import load as load_backend
+from loadtests.tiny_models import byte_tokenizer
 from models.contract import Choice, ModelInfo, Slice
 from models.learned import FILES, read_learned
 from models.network import build_network
@@ -215,12 +216,7 @@ def rust_tokenizer() -> Tokenizer:
     """A byte-level tokenizer of 97 ids: three special tokens, then bytes that the tests' texts use."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [c for c in alphabet if c.isascii()][: VOCAB - 12] + ["Ġ", "Ã", "©", "â", "Ĥ", "¬", "ð", "Ł"]
-    tokens = ["<pad>", "<s>", "</s>", *dict.fromkeys(letters)]
-    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<pad>", "<s>", "</s>"])
-    return made
+    return byte_tokenizer(dict.fromkeys(letters))
 
 
 def tokenizer_files(directory: Path, template: str | None = None) -> None:
