@@ -1,14 +1,19 @@
 """Thousands of requests of every kind at once: is each one answered, and does nothing stay behind?
 
-    python -m loadtests.chaos --serve --requests 10000
+    python -m loadtests.chaos --serve --tiny --requests 10000
     python -m loadtests.chaos --host http://127.0.0.1:8000 --requests 2000
 
 Valid requests on every route under every backend, bad input, tiny deadlines, clients that leave in every
 phase, bursts beyond what the queue takes. What is sent depends on ``--seed`` alone. A request passes that is
 answered as asked, refused for a reason of its own, turned away with Retry-After, or left by its client; then
-the server must be idle, hold no page, and have grown by at most ``--max-growth`` since the first tenth of the
-requests. With ``--serve`` the server is the script's own, and must end a request in flight when told to stop;
-give any other a ``--prefix-cache-bytes`` that the first tenth fills, as cached pages count as growth.
+the server must be idle, hold no page, and have grown by at most ``--max-growth`` since the second burst: a
+third of the requests at the default sizes, in which bounded caches fill. Its memory is read after a tenth and
+a burst, after every further burst and at the end, each time when it has been idle for ``--quiet`` seconds: by
+then it has given free memory back. All readings are told.
+
+With ``--serve`` the server is the script's own, and must end a request in flight when told to stop; with
+``--tiny`` too it serves the random networks of ``loadtests.tiny_models``. Give any other a
+``--prefix-cache-bytes`` that the first tenth fills, as cached pages count as growth.
 """
 
 from __future__ import annotations
@@ -17,22 +22,24 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from loadtests.chaos_checks import Check, checks, drain_body, settle
+from loadtests.chaos_checks import Check, Reading, checks, drain_body, memory_table, settle
 from loadtests.chaos_client import ChaosClient, Outcome, departure
 from loadtests.chaos_requests import World, bad, tiny_timeout, valid
 from loadtests.documents import Library
 from loadtests.figure import markdown
-from loadtests.metrics import Samples
 from loadtests.own_server import DEFAULT_COMMAND, OwnServer, own_server
 from loadtests.server import Server, ServerProblem
+from loadtests.tiny_models import serve_flags, write_models
 
 SHARES = {"valid": 60, "bad input": 15, "client leaves": 17, "tiny deadline": 8}
 COLUMNS = ("2xx", "4xx", "429", "5xx", "left", "unanswered")
@@ -77,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             own = None
             if options.serve:
-                own = stack.enter_context(own_server(options.command, options.wait_ready, options.server_log))
+                command = options.command
+                if options.tiny:
+                    directory = Path(stack.enter_context(TemporaryDirectory()))
+                    command = shlex.join([*shlex.split(command), *serve_flags(write_models(directory))])
+                own = stack.enter_context(own_server(command, options.wait_ready, options.server_log))
                 options.host = own.url
             return run(options, own)
     except ServerProblem as problem:
@@ -92,13 +103,13 @@ def run(options: argparse.Namespace, own: OwnServer | None) -> int:
     versions = f"longreach {version['version']}, torch {version['torch']}"
     print(f"{options.requests} requests, seed {options.seed}, {versions}")
     tally, began = Tally(), perf_counter()
-    before, after = asyncio.run(drive(options, world, tally))
+    readings = asyncio.run(drive(options, world, tally))
     seconds = perf_counter() - began
-    found = checks(before, after, options.max_growth)
+    found = checks(readings, options.max_growth)
     if own:
         wrong = own.drains(drain_body(world), options.api_key)
         found.append(Check("ends a request in flight on SIGTERM", wrong or "yes", not wrong))
-    return report(options, tally, found, seconds)
+    return report(options, tally, readings, found, seconds)
 
 
 def discover(server: Server) -> World:
@@ -117,22 +128,32 @@ def discover(server: Server) -> World:
     return World(cards, pools, text, decoding, prefixes)
 
 
-async def drive(options: argparse.Namespace, world: World, tally: Tally) -> tuple[Samples, Samples]:
-    """Send everything; the server's numbers after the first tenth, and at the end, each once it is idle."""
+async def drive(options: argparse.Namespace, world: World, tally: Tally) -> list[Reading]:
+    """Send everything; the server's numbers after the first tenth and a burst, after each further burst, and
+    at the end."""
     client = ChaosClient(options.host, options.api_key, options.timeout)
     warm_up = options.requests // 10
     await steady(client, options, world, tally, range(warm_up))
     await burst(client, options, world, tally, -1)
-    before = await settle(options.host, options.api_key)
+    readings = [await read(options, tally)]
     left = options.requests - tally.total
     part = max(0, left - options.bursts * options.burst) // (options.bursts + 1)
     for number in range(options.bursts):
         first = warm_up + number * part
         await steady(client, options, world, tally, range(first, first + part))
         await burst(client, options, world, tally, number)
+        readings.append(await read(options, tally))
     first = warm_up + options.bursts * part
     await steady(client, options, world, tally, range(first, first + options.requests - tally.total))
-    return before, await settle(options.host, options.api_key)
+    return [*readings, await read(options, tally)]
+
+
+async def read(options: argparse.Namespace, tally: Tally) -> Reading:
+    reading = Reading(tally.total, await settle(options.host, options.api_key, options.quiet))
+    print(
+        ", ".join(f"{name} {value}" for name, value in zip(*memory_table([reading]), strict=True)), flush=True
+    )
+    return reading
 
 
 async def steady(
@@ -171,10 +192,14 @@ async def one(client: ChaosClient, world: World, draw: random.Random) -> tuple[s
     return f"{kind}: {point.replace('_', ' ')}", await client.send(request, point, after_s)
 
 
-def report(options: argparse.Namespace, tally: Tally, found: list[Check], seconds: float) -> int:
+def report(
+    options: argparse.Namespace, tally: Tally, readings: list[Reading], found: list[Check], seconds: float
+) -> int:
     """Print and write what came of it; the exit code."""
+    memory = memory_table(readings)
     rows = [[check.name, check.told, "ok" if check.passed else "FAILED"] for check in found]
-    print("\n".join(["", *markdown(tally.table()), "", *markdown([["check", "found", ""], *rows]), ""]))
+    tables = [tally.table(), memory, [["check", "found", ""], *rows]]
+    print("\n".join(line for table in tables for line in ["", *markdown(table)]), end="\n\n")
     print(f"{tally.total} requests in {seconds:.0f} s; {dict(sorted(tally.codes.items()))}")
     for problem, count in tally.problems.most_common(20):
         print(f"{count}x {problem}")
@@ -188,6 +213,7 @@ def report(options: argparse.Namespace, tally: Tally, found: list[Check], second
             "kinds": tally.counts,
             "codes": tally.codes,
             "problems": tally.problems,
+            "memory": [dict(zip(memory[0], row, strict=True)) for row in memory[1:]],
             "checks": {check.name: {"found": check.told, "passed": check.passed} for check in found},
         }
         options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -205,14 +231,24 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--burst", type=int, default=400, help="requests at once in a burst")
     add("--seed", type=int, default=0)
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest wait for a whole answer")
-    add("--max-growth", type=float, default=0.05, help="of resident memory since the first tenth, as a share")
+    add(
+        "--max-growth", type=float, default=0.05, help="of resident memory since the second burst, as a share"
+    )
+    add("--quiet", type=float, default=5.0, metavar="SECONDS", help="idle time before memory is read")
     add("--serve", action="store_true", help="start a server for this run, and stop it at the end")
+    add(
+        "--tiny",
+        action="store_true",
+        help="with --serve: two tiny random networks instead of the demo models",
+    )
     add("--command", default=DEFAULT_COMMAND, help="what --serve starts; '--port N' is added")
     add("--server-log", type=Path, default=None, metavar="FILE", help="where --serve keeps what it prints")
     add("--wait-ready", type=float, default=600.0, metavar="SECONDS")
     add("--json", type=Path, default=None, metavar="FILE", help="write the outcome there too")
     add("--smoke", action="store_true", help="a few hundred requests: does the script run there?")
     options = parser.parse_args(argv)
+    if options.tiny and not options.serve:
+        parser.error("--tiny names what --serve serves: give both, or neither")
     if options.smoke:
         options.requests, options.bursts, options.burst = (
             min(options.requests, 300),

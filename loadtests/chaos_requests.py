@@ -118,9 +118,13 @@ def encode(world: World, draw: random.Random) -> Request:
     texts = [world.words(draw) for _ in range(draw.randint(1, 4))]
     body = {"model": model, "input": draw.choice([texts, texts[0], {"token_ids": world.tokens(model, draw)}])}
     extras: list[dict[str, Any]] = [
-        {"pooling": draw.choice(["mean", "cls", "last"])},
+        {
+            "pooling": draw.choice(
+                ["mean", "last"] if world.cards[model]["causal"] else ["mean", "cls", "last"]
+            )
+        },
         {"normalize": False},
-        {"late_chunking": {"chunk_tokens": 16, "overlap": 4}},
+        {"pooling": "mean", "late_chunking": {"chunk_tokens": 16, "overlap": 4}},
         {"priority": draw.randint(-10, 10)},
         {"dimensions": 8},
         {},

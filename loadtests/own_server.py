@@ -18,7 +18,7 @@ from loadtests.metrics import read_metrics, sum_of
 from loadtests.server import Server, ServerProblem
 
 STOP_SECONDS = 60.0
-DEFAULT_COMMAND = f"{shlex.quote(sys.executable)} -m service.cli serve --prefix-cache-bytes {64 << 20}"
+DEFAULT_COMMAND = f"{shlex.quote(sys.executable)} -m service.cli serve --prefix-cache-bytes {16 << 20}"
 """Its cache of prefixes is full before the first memory reading: what grows afterwards is something else."""
 
 

@@ -13,6 +13,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kernels.contract import Params
+from models.measured_error import LayerError as LayerError
+from models.measured_error import MeasuredError as MeasuredError
+from models.measured_error import Meter as Meter
+from models.measured_error import Verify as Verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,6 +165,9 @@ class Slice:
 
     ``total`` is the prompt's whole length (a chunk of a prompt knows how long the prompt is: length-dependent
     rotary embeddings need it). ``targets`` (with ``want="scores"``) is as long as ``token_ids``.
+    ``meter`` measures its attention's error: made by the same model for the same choice and total, for this
+    sequence alone. ``logit_rows``: rows of the slice whose logits are wanted beside ``want`` (causal language
+    models only).
     """
 
     sequence: SequenceState
@@ -169,16 +176,20 @@ class Slice:
     want: Want
     total: int
     targets: Sequence[int] = ()
+    meter: Meter | None = None
+    logit_rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class SliceResult:
-    """logits [V] fp32 | scores [n] fp32 (natural log) | hidden [n, E] fp32, as wanted; and the work done."""
+    """logits [V] fp32 | scores [n] fp32 (natural log) | hidden [n, E] fp32, as wanted; and the work done.
+    ``row_logits`` [len(logit_rows), V] fp32 where ``logit_rows`` were named."""
 
     work: Work
     logits: Tensor | None = None
     scores: Tensor | None = None
     hidden: Tensor | None = None
+    row_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -281,9 +292,15 @@ class ServedModel(Protocol):
     def fork(self, sequence: SequenceState, capacity: int) -> SequenceState:
         """A new sequence that has read what ``sequence`` has read, and goes its own way from there."""
 
+    def meter(self, verify: Verify, choice: Choice, total: int, *, decode: bool = False) -> Meter:
+        """A meter for one sequence under this choice: of its prompt of ``total`` tokens, or of the tokens
+        generated after it (``decode``). ValueError naming the field where ``verify.layers`` are not layers to
+        which a choice applies, ``verify.rows`` is below 1, or the model's output projection is not known.
+        From any thread."""
+
     def step(self, slices: Sequence[Slice]) -> StepResult:
         """One packed forward over the next tokens of many sequences. On an exception no sequence has
-        advanced."""
+        advanced, and no meter has measured."""
 
     def begin(self, slices: Sequence[Slice]) -> Forward:
         """As ``step``, in pieces. Refuses bad slices at once; nothing runs yet. The sequences belong to it

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.head import Head
 from models.memory import Sizes, mlp_blocks
+from models.places import Places, find_places
 from models.plan import ModelPlan, body_arguments, make_plan
 from models.products import make_leavable
 from models.seam import Learned
@@ -30,6 +31,8 @@ class Network:
     linear_params: float
     """Weights that every token is multiplied with; embeddings and head left out."""
     head_params: int
+    places: Places
+    """Where the error of each attention layer is measured."""
     learned: Learned = field(default_factory=dict)
     """What the model carries for backends that need parameters of their own."""
 
@@ -64,6 +67,7 @@ def build_network(network: Any, max_tokens: int, position_offset: int = 0) -> Ne
         vocab_size=vocab_size,
         linear_params=_linear_params(body),
         head_params=0 if output is None else int(output.weight.numel()),
+        places=find_places(body, plan),
     )
 
 

@@ -7,86 +7,32 @@ forward can be left, stretches of their rows are, with a yield point before each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from kernels import attend_packed
-from kernels.contract import Params, Segment, Stats
+from kernels.contract import PackedResult, Params, Segment, Stats
 from kernels.math.kept import KeptStates
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load as load_backend
-from models.contract import Choice, Work
+from models.contract import Choice
+from models.counting import count as _count
 from models.forward import can_be_left, offer_to_pause
-from models.kv_cache import Cache
+from models.measuring import Computed, is_exact, look
+from models.members import Group, Member, in_groups, method
 from models.new_rows import NewRow, NewRows
 from models.seam import LayerPlan, Learned, window_params
-from models.stretches import Piece, merged, one_after_another
+from models.stretches import Piece, merged
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+__all__ = ["Member", "Step", "in_groups"]
+
 NOTHING_LEARNED: Learned = {}
-
-
-@dataclass
-class Member:
-    """One sequence's share of a step: its rows of the packed axis, where it stands, its cache (decoders
-    only), the attention it asked for, and the work done for it."""
-
-    rows: slice
-    start: int
-    choice: Choice
-    cache: Cache | None
-    work: Work = field(default_factory=Work)
-
-    @cached_property
-    def num_rows(self) -> int:
-        return int(self.rows.stop) - int(self.rows.start)
-
-    @cached_property
-    def stop(self) -> int:
-        return self.start + self.num_rows
-
-
-class _Group:
-    """Members that share backend and params, adjacent on the packed axis, and how their rows are run in each
-    kind of layer."""
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
-        self.rows = slice(members[0].rows.start, members[-1].rows.stop)
-        self.at_once = [[Piece(member, 0, member.num_rows) for member in members]]
-        self._batches: dict[object, list[list[Piece]]] = {}
-
-    @property
-    def choice(self) -> Choice:
-        """Any member's: they differ in their seeds alone."""
-        return self.members[0].choice
-
-    def batches(self, layer: _Layer, backend: str, params: Params) -> list[list[Piece]]:
-        """What to run one after another where the forward may be left in between."""
-        plan = layer.plan
-        kind = plan.causal, plan.window, plan.num_heads, plan.shape
-        if kind not in self._batches:
-            sizes = layer.q.dtype.itemsize, layer.q.device.type == "cpu"
-            self._batches[kind] = one_after_another(self.members, plan, load_backend(backend), params, *sizes)
-        return self._batches[kind]
-
-
-def _method(member: Member) -> tuple[str, str]:
-    return member.choice.method
-
-
-def in_groups(choices: Sequence[Choice]) -> list[int]:
-    """An order of the sequences in which those that share backend and params are adjacent, otherwise as
-    given."""
-    first: dict[tuple[str, str], int] = {}
-    for choice in choices:
-        first.setdefault(choice.method, len(first))
-    return sorted(range(len(choices)), key=lambda i: first[choices[i].method])
 
 
 @dataclass(frozen=True)
@@ -128,9 +74,9 @@ class Step:
         self._layers = tuple(layers)
         self._learned = learned
         self._next = 0
-        runs = [tuple(run) for _, run in groupby(members, key=_method)]
-        self._groups = [_Group(run) for run in runs]
-        self._everyone = _Group(members)
+        runs = [tuple(run) for _, run in groupby(members, key=method)]
+        self._groups = [Group(run) for run in runs]
+        self._everyone = Group(members)
         self._can_be_left = can_be_left()
         self._members = tuple(members)
         self._new_rows: NewRows | None = None
@@ -165,6 +111,11 @@ class Step:
             out[:, group.rows] = _run_chosen(layer, group)
         return out
 
+    @property
+    def num_served(self) -> int:
+        """Attention calls so far."""
+        return self._next
+
     def finish(self) -> None:
         """Called when the forward is over: every layer of the plan must have been served."""
         if self._next != len(self._layers):
@@ -184,32 +135,35 @@ def _decoded(members: Sequence[Member], device: torch.device) -> NewRows:
     return NewRows(rows if len(rows) > 1 else [], device)
 
 
-def _run_chosen(layer: _Layer, group: _Group) -> Tensor:
+def _run_chosen(layer: _Layer, group: Group) -> Tensor:
     backend = group.choice.backend
     of_layers = layer.learned.get(backend)
     learned = None if of_layers is None else of_layers[layer.plan.ordinal]
     return _run(layer, group, backend, group.choice.params, learned)
 
 
-def _run(layer: _Layer, group: _Group, backend: str, params: Params, learned: object | None = None) -> Tensor:
+def _run(layer: _Layer, group: Group, backend: str, params: Params, learned: object | None = None) -> Tensor:
     """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
-    batches = group.batches(layer, backend, params) if layer.can_be_left else group.at_once
+    batches = group.batches(layer.plan, layer.q, backend, params) if layer.can_be_left else group.at_once
     run = partial(_attend, layer, backend=backend, params=params, learned=learned)
     if len(batches) == 1:
         offer_to_pause()
         keys = [_keys(layer, piece.member) for piece in batches[0]]
-        out, stats = run(batches[0], keys)
-        for member, each in zip(group.members, stats, strict=True):
+        result = run(batches[0], keys)
+        for member, each in zip(group.members, result.stats, strict=True):
             _count(member.work, each, layer.plan, member.num_rows)
+        out = result.out.transpose(1, 2)
+        _measure(layer, group, batches[0], keys, result, backend)
         return out.contiguous()
-    return _run_in_turns(layer, group, batches, run)
+    return _run_in_turns(layer, group, batches, backend, run)
 
 
 def _run_in_turns(
     layer: _Layer,
-    group: _Group,
+    group: Group,
     batches: Sequence[Sequence[Piece]],
-    run: Callable[[Sequence[Piece], Sequence[_Keys]], tuple[Tensor, Sequence[Stats]]],
+    backend: str,
+    run: Callable[[Sequence[Piece], Sequence[_Keys]], PackedResult],
 ) -> Tensor:
     """The same, batch by batch, with a yield point before each."""
     first, stop = group.rows.start, group.rows.stop
@@ -222,10 +176,12 @@ def _run_in_turns(
             row = piece.member.rows.start
             if row not in keys:
                 keys[row] = _keys(layer, piece.member, shared=not piece.whole)
-        out, stats = run(batch, [keys[piece.member.rows.start] for piece in batch])
+        of_batch = [keys[piece.member.rows.start] for piece in batch]
+        result = run(batch, of_batch)
         begin = batch[0].member.rows.start + batch[0].begin - first
-        whole[:, begin : begin + out.shape[1]] = out
-        for piece, each in zip(batch, stats, strict=True):
+        whole[:, begin : begin + result.out.shape[2]] = result.out.transpose(1, 2)
+        _measure(layer, group, batch, of_batch, result, backend)
+        for piece, each in zip(batch, result.stats, strict=True):
             found.setdefault(piece.member.rows.start, []).append((each, piece.end - piece.begin))
     for member in group.members:
         _count(member.work, merged(found[member.rows.start]), layer.plan, member.num_rows)
@@ -240,12 +196,12 @@ def _attend(
     backend: str,
     params: Params,
     learned: object | None,
-) -> tuple[Tensor, Sequence[Stats]]:
-    """Adjacent pieces of the packed axis in one call: [1, rows, H, Dv], a view, and their stats."""
+) -> PackedResult:
+    """Adjacent pieces of the packed axis in one call."""
     begin = pieces[0].member.rows.start + pieces[0].begin
     stop = pieces[-1].member.rows.start + pieces[-1].end
     plan = layer.plan
-    result = attend_packed(
+    return attend_packed(
         layer.q[:, :, begin:stop],
         [_segment(plan, piece, of, begin) for piece, of in zip(pieces, keys, strict=True)],
         backend=backend,
@@ -255,7 +211,41 @@ def _attend(
         layer=plan.ordinal,
         learned=learned,
     )
-    return result.out.transpose(1, 2), result.stats
+
+
+def _measure(
+    layer: _Layer,
+    group: Group,
+    pieces: Sequence[Piece],
+    keys: Sequence[_Keys],
+    result: PackedResult,
+    backend: str,
+) -> None:
+    """Rows of a call again, for the members that have a reading."""
+    if not group.measured or layer.plan.window is not None:
+        return
+    approximates = load_backend(backend).capabilities.approximates
+    out, begin = result.out.transpose(1, 2), pieces[0].member.rows.start + pieces[0].begin
+    dropped = result.dropped or [None] * len(pieces)
+    for piece, of, stats, mass in zip(pieces, keys, result.stats, dropped, strict=True):
+        reading = piece.member.reading
+        if reading is not None and reading.measures(layer.index):
+            first = piece.member.rows.start + piece.begin
+            rows = slice(first, first + piece.end - piece.begin)
+            seen = _segment(layer.plan, piece, of, begin)
+            computed = Computed(
+                layer=layer.index,
+                plan=layer.plan,
+                scale=layer.scale,
+                start=seen.start,
+                q=layer.q[:, :, rows],
+                k=seen.k,
+                v=seen.v,
+                out=out[:, seen.rows],
+                dropped=mass,
+                exact=is_exact(stats, approximates),
+            )
+            look(reading, computed)
 
 
 _Keys = tuple["Tensor", "Tensor", BlockSummaries | None, KeptStates | None]
@@ -290,29 +280,3 @@ def _segment(plan: LayerPlan, piece: Piece, of: _Keys, begin: int) -> Segment:
 def _owner(layer: LayerPlan, choice: Choice) -> tuple[object, int]:
     """Whose states lie beside a layer's keys."""
     return (choice.method, choice.seed) if layer.window is None else (layer.window, 0)
-
-
-def _count(work: Work, stats: Stats, layer: LayerPlan, num_rows: int) -> None:
-    work.flops += layer.flops_per_pair * stats.pairs_computed + 2 * layer.shape.key_dim * stats.pairs_scored
-    work.flops += stats.other_flops
-    if layer.window is not None:  # what the network itself declares local costs the same under every choice
-        work.flops_exact += layer.flops_per_pair * stats.pairs_computed
-        return
-    # A choice that keeps every pair and does nothing else is exact: what it computes beyond them is exact's
-    # own cost. One that hashes or sums features as well has masked pairs of its own.
-    as_exact = stats.pairs_kept == stats.pairs_exact and not stats.other_flops
-    work.flops_exact += layer.flops_per_pair * (stats.pairs_computed if as_exact else stats.pairs_exact)
-    work.pairs_kept += stats.pairs_kept
-    work.pairs_exact += stats.pairs_exact
-    work.pairs_computed += stats.pairs_computed
-    work.pairs_dense += stats.pairs_dense
-    if stats.dropped_mass is None:
-        work.unmeasured_rows += num_rows
-    else:  # a mean over the call's rows, or over some that stand for the others
-        work.dropped_mass += stats.dropped_mass * num_rows
-        work.dropped_rows += num_rows
-    if stats.kept_per_head is not None:
-        work.count_heads(layer.ordinal, stats.kept_per_head, stats.pairs_exact // layer.num_heads)
-    work.selection_ms += stats.selection_ms
-    work.attention_ms += stats.selection_ms + stats.compute_ms
-    work.impl = stats.impl

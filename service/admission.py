@@ -32,19 +32,21 @@ class Admission:
             costs[entry.lane] = costs.get(entry.lane, 0.0) + entry.cost_ms
         self._check_queue(1, sum(entry.tokens for entry in entries))
         self._check_work(costs)
-        for entry in entries:
-            self._ledger.waiting[entry.key] = entry
+        self._ledger.admit(entries)
 
     def price(self, entry: Entry) -> None:
         """What is left of its prompt decides its lane."""
-        entry.cost_ms = entry.price(entry.read, entry.left)
+        entry.cost_ms = entry.ms(entry.read, entry.left)
         entry.lane, entry.read_before = self._lane_of(entry.cost_ms), entry.read
 
     def _lane_of(self, cost_ms: float) -> Lane:
         return "long" if cost_ms > self._limits.short_ms else "short"
 
     def _check_possible(self, entries: Sequence[Entry]) -> None:
-        largest, limits = max(entry.bytes for entry in entries), self._limits
+        """The largest input must fit beside what the others leave for the answer."""
+        limits = self._limits
+        largest = sum(entry.output_bytes for entry in entries)
+        largest += max(entry.bytes - entry.output_bytes for entry in entries)
         if largest > limits.memory_bytes:
             raise Rejected("never_fits", value=largest, limit=limits.memory_bytes)
         places = max(entry.places for entry in entries)

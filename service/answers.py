@@ -9,10 +9,13 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from models.contract import Choice as AttentionChoice
-from models.contract import Work
+from models.contract import MeasuredError, Work
 from service.attention import Chosen
-from service.jobs import Job
+from service.error_answers import MeasuredErrorAnswer, both_phases, told_error
+from service.jobs import Job, leads
+from service.measured import none_of
 from service.record import Record
+from service.sequences import GenerateSequence
 
 
 class Usage(BaseModel):
@@ -51,7 +54,11 @@ class AttentionUsed(BaseModel):
     )
     impl: str
     fallback_reason: str | None = None
-    measured_error: None = None
+    measured_error: MeasuredErrorAnswer | None = Field(
+        None,
+        description="how far the attention's output was from exact; null where nobody looked (ask with "
+        "'verify': true) and where no row came to be looked at",
+    )
     decode: AttentionUsed | None = Field(None, description="only where prefill and decode were chosen apart")
 
 
@@ -177,10 +184,33 @@ def attention_of(job: Job, attended: Attended) -> AttentionUsed:
     prefill = _sum([sequence.prefill_work for sequence in job.sequences])
     decode = _sum([sequence.decode_work for sequence in job.sequences])
     layers = list(job.model.info.applied_layers)
+    error = _error_of(attended.prefill, job, job.measured.prefill, _rows_read(job))
+    decode_error = _error_of(attended.decode, job, job.measured.decode, _rows_decoded(job))
     if not attended.split:
-        return _used(attended.prefill, _sum([prefill, decode]), layers)
+        used = _used(attended.prefill, _sum([prefill, decode]), layers)
+        return used.model_copy(update={"measured_error": both_phases(error, decode_error)})
     used = _used(attended.prefill, prefill, layers)
-    return used.model_copy(update={"decode": _used(attended.decode, decode, layers)})
+    decoded = _used(attended.decode, decode, layers).model_copy(update={"measured_error": decode_error})
+    return used.model_copy(update={"measured_error": error, "decode": decoded})
+
+
+def _error_of(chosen: Chosen, job: Job, found: MeasuredError | None, rows: int) -> MeasuredErrorAnswer | None:
+    """``rows``: as many as were computed."""
+    asked = chosen.verify
+    if asked is not None and chosen.choice.backend == "exact":
+        found = none_of(asked.layers or job.model.info.applied_layers, rows)
+    return told_error(found, with_layers=asked is not None)
+
+
+def _rows_read(job: Job) -> int:
+    """Tokens of prompts, without those that came from the cache."""
+    return sum(s.prompt_tokens - s.cached_tokens for s in job.sequences if leads(s))
+
+
+def _rows_decoded(job: Job) -> int:
+    """New tokens that were read for the next one."""
+    generated = (s for s in job.sequences if isinstance(s, GenerateSequence))
+    return sum(max(len(sequence.tokens) - 1, 0) for sequence in generated)
 
 
 def stats_of(job: Job, record: Record, now: float) -> Stats:

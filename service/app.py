@@ -16,9 +16,12 @@ from models.contract import ServedModel
 from service import problems, watchdog
 from service.fleet import Load
 from service.gate import Gate
+from service.idle import Idle
 from service.loading import load_models
 from service.routes import (
     admin,
+    compare,
+    diagnose,
     encode,
     estimate,
     generate,
@@ -33,7 +36,7 @@ from service.settings import Settings, resolved
 
 LAG_PROBE_S = 0.5
 LOOKS_PER_WATCHDOG = 8
-ROUTERS = (encode, generate, score, estimate, openai_embeddings, openai_text, info, health)
+ROUTERS = (encode, generate, score, compare, diagnose, estimate, openai_embeddings, openai_text, info, health)
 
 Start = Callable[[Runtime], Awaitable[None]]
 
@@ -61,6 +64,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.runtime, app.state.load = runtime, load
+    app.state.comparing = asyncio.Semaphore(1)
     for module in (*ROUTERS, *((admin,) if settings.admin else ())):
         app.include_router(module.router)
     problems.install(app)
@@ -84,6 +88,7 @@ def _lifespan(runtime: Runtime, models: Mapping[str, ServedModel] | None, start:
         look_s = runtime.settings.watchdog_s / LOOKS_PER_WATCHDOG
         tasks = [asyncio.create_task(_probe_lag(runtime))]
         tasks.append(asyncio.create_task(watchdog.watch(runtime.engine, look_s)))
+        tasks.append(asyncio.create_task(Idle(runtime).watch()))
         if models is not None:
             runtime.add_models(models)
             runtime.set_phase("ready")

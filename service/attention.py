@@ -15,14 +15,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kernels.api import MAX_PROBLEMS, too_many
 from kernels.contract import Backend, Params
 from kernels.registry import BACKENDS, UnknownBackend, load
-from models.contract import Choice, ServedModel
+from models.contract import Choice, ServedModel, Verify
 from service.errors import ApiError, invalid
 from service.validation import first_problem, shown_name
+from service.verify_spec import check_layers, parse_verify
 
 MAX_SEED = (1 << 63) - 1
 MAX_SPECS = 32
-NOT_YET = ("auto", "verify")
-_FIELDS = ("backend", "params", "fallback", "seed")
+NOT_YET = ("auto",)
+_FIELDS = ("backend", "params", "fallback", "seed", "verify")
 
 Fallback = Literal["error", "exact"]
 
@@ -36,15 +37,20 @@ class Spec:
     fallback: Fallback = "error"
     seed: int = 0
     path: str = "attention"
+    verify: Verify | None = None
+    """How its error is to be measured; None where nobody asked."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a model will run for a spec: ``choice``, and why it is not what was asked for, where it is not."""
+    """What a model will run for a spec: ``choice``, and why it is not what was asked for, where it is not;
+    and how its error is to be measured, where ``path`` asks for it."""
 
     requested: str
     choice: Choice
     fallback_reason: str | None = None
+    verify: Verify | None = None
+    path: str = "attention"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class _Envelope(BaseModel):
     params: dict[str, Any] = {}
     fallback: Fallback = "error"
     seed: int = 0
+    verify: Any = None
 
 
 def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
@@ -89,7 +96,8 @@ def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
     backend = _backend(envelope.backend, path)
     params = _params(backend, envelope.params, path)
     used_seed = envelope.seed if "seed" in raw else seed
-    return Spec(backend, params, envelope.fallback, used_seed, path)
+    verify = parse_verify(envelope.verify, f"{path}.verify", used_seed)
+    return Spec(backend, params, envelope.fallback, used_seed, path, verify)
 
 
 def parse_pair(raw: object, *, path: str = "attention", seed: int = 0) -> SpecPair:
@@ -116,6 +124,8 @@ def choose(spec: Spec, model: ServedModel, *, decodes: bool = False, scores: boo
     permitted. ``decodes`` where it will have to read single tokens after a prompt, ``scores`` where the
     likelihood of the prompt itself is asked for."""
     choice = Choice(spec.backend.name, spec.params, spec.seed)
+    if spec.verify is not None:
+        check_layers(spec.verify, model.info, f"{spec.path}.verify.layers")
     reasons = list(model.unsupported(choice))
     able = spec.backend.capabilities
     if decodes and not able.decode and not reasons:
@@ -126,10 +136,10 @@ def choose(spec: Spec, model: ServedModel, *, decodes: bool = False, scores: boo
             "later ones; score with a backend whose selection is none, row or tile"
         )
     if not reasons:
-        return Chosen(spec.backend.name, choice)
+        return Chosen(spec.backend.name, choice, verify=spec.verify, path=spec.path)
     why = "; ".join(reasons)
     if spec.fallback == "exact" and spec.backend.name != "exact":
-        return Chosen(spec.backend.name, exact_choice(spec.seed), fallback_reason=why)
+        return Chosen(spec.backend.name, exact_choice(spec.seed), why, spec.verify, spec.path)
     raise ApiError(
         "attention_not_supported",
         f"attention backend {spec.backend.name!r} cannot serve model {model.info.name!r}: {why}. "

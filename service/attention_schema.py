@@ -14,8 +14,24 @@ from pydantic_core import CoreSchema, core_schema
 
 from kernels.registry import BACKENDS, load
 from service.attention import MAX_SEED, MAX_SPECS
+from service.verify_spec import MAX_LAYERS, MAX_ROWS, MIN_ROWS
 
 _ClosedModel = ConfigDict(extra="forbid")
+
+
+class VerifySpec(BaseModel):
+    """How the error is measured: rows computed exactly too, beside what was asked for."""
+
+    model_config = _ClosedModel
+    rows: Annotated[int, Field(ge=MIN_ROWS, le=MAX_ROWS)] | Literal["all"] | None = Field(
+        None,
+        description="rows drawn in each layer, beside the first and last 16 and 64 drawn evenly; by default "
+        "the larger of 64 and a 64th of the prompt. 'all' costs one exact attention more",
+    )
+    layers: (
+        Literal["all"]
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_LAYERS)]
+    ) = Field("all", description="out of applied_layers")
 
 
 @cache
@@ -58,6 +74,7 @@ def _spec_model(name: str) -> type[BaseModel]:
         "params": (backend.params, Field(default_factory=backend.params, description=f"knobs of {name}")),
         "fallback": (fallback, Field("error", description="what to do where the model cannot run it")),
         "seed": (int, Field(0, ge=0, le=MAX_SEED, description="seed of random draws")),
+        "verify": (bool | VerifySpec | None, Field(None, description="measure how wrong it was")),
     }
     return create_model(f"{title}Attention", __config__=_ClosedModel, __doc__=backend.summary, **fields)
 

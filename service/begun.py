@@ -1,6 +1,10 @@
-"""Long steps that have begun and are not over. A model goes on with the one that it began last; a step on
-top of another must be much shorter than what is left of that one, so that a chapter does not wait for a
-library, and of no smaller priority; between two of them the one below gets its share."""
+"""Long steps that have begun and are not over. A model goes on with the one that it began last, and may begin
+another on top of it, which then goes first:
+
+- one that is much shorter than what is left below, of no smaller priority, so that a chapter does not wait
+  for a library; between two of them the one below gets its share;
+- one of clearly higher priority, however long. What has begun ages as what waits does, so that in the end
+  nothing is that much higher."""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ MUCH_SHORTER = 0.5
 """Of the predicted rest of the step below."""
 SHARE_BELOW = 0.5
 """What the step below is owed, of the time that one on top of it took, before another may begin."""
+CLEARLY_HIGHER = 5
+"""Points of priority by which a request must exceed all that has begun, their ages counted, to go first
+whatever it takes."""
 
 
 class Begun:
@@ -83,6 +90,13 @@ class Begun:
     def owes(self, model: str) -> bool:
         """Whether the step that goes on has not had its share since one on top of it ended."""
         return self._owed_ms.get(model, 0.0) > 0
+
+    def yields_to(self, entries: Sequence[Entry], model: str, now: float) -> bool:
+        """Whether a step of ``entries`` may begin on top of what the model has begun by its priority alone:
+        as it was asked for, since a wait on both sides would cancel out."""
+        priority = max(entry.priority for entry in entries)
+        begun = (entry for step in self._stacks[model] for entry, _ in step.parts if not entry.dropped)
+        return all(priority >= entry.points(now) + CLEARLY_HIGHER for entry in begun)
 
     def waits_for(self, entries: Sequence[Entry], predicted_ms: float, model: str, now: float) -> bool:
         """Whether a step of ``entries`` that is predicted to take so long may begin on top of what the model

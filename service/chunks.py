@@ -32,7 +32,7 @@ def chunk(entry: Entry, budget: Budget, *, forced: bool) -> tuple[int, float]:
         if not forced:
             return 0, 0.0
         tokens = smallest(entry)
-    return tokens, entry.price(entry.read, tokens)
+    return tokens, entry.ms(entry.read, tokens)
 
 
 def smallest(entry: Entry) -> int:
@@ -55,7 +55,7 @@ def _largest(entry: Entry, budget: Budget) -> int:
 
 
 def _fits(entry: Entry, end: int, budget: Budget) -> bool:
-    return entry.price(entry.read, end - entry.read) <= budget.ms
+    return entry.ms(entry.read, end - entry.read) <= budget.ms
 
 
 def _ends(entry: Entry, budget: Budget) -> range | list[int]:

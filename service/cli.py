@@ -1,4 +1,4 @@
-"""``longreach serve | models | fetch | backends | bench | version``."""
+"""``longreach serve | models | fetch | backends | compare | diagnose | calibrate | bench | version``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ def parser() -> argparse.ArgumentParser:
     backends = commands.add_parser("backends", help="list the attention backends")
     add_backends(backends)
     backends.set_defaults(run=_backends)
+    from service import cli_compare
+
+    compare = commands.add_parser("compare", help="one document under several attentions, side by side")
+    cli_compare.add_options(compare)
+    add_settings(compare, only=("api_key",))
+    compare.set_defaults(run=_compare)
+    from service import cli_diagnose
+
+    diagnose = commands.add_parser("diagnose", help="what a model's attention looks like on a text")
+    cli_diagnose.add_options(diagnose)
+    add_settings(diagnose, only=("api_key",))
+    diagnose.set_defaults(run=_diagnose)
+    from service import cli_calibrate
+
+    calibrate = commands.add_parser("calibrate", help="measure the profile that auto chooses attention by")
+    cli_calibrate.add_options(calibrate)
+    add_settings(calibrate, only=("device", "dtype", "threads", "source", "cache_dir"))
+    calibrate.set_defaults(run=_calibrate)
     commands.add_parser(
         "bench", help="time the attention backends (arguments go to kernels.bench)", add_help=False
     )
@@ -141,6 +159,26 @@ def _backends(options: argparse.Namespace) -> int:
         _refuse_idle(options)
         print_table(HEAD, rows())
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from service.cli_compare import run
+
+    key = settings_of(options).api_key
+    return run(options, None if key is None else key.get_secret_value())
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from service.cli_diagnose import run
+
+    key = settings_of(options).api_key
+    return run(options, None if key is None else key.get_secret_value())
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from service.cli_calibrate import run
+
+    return run(options, settings_of(options))
 
 
 def _refuse_idle(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from service.affine_fit import AffineFit
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 GIGA = 1e9
 LEAST_SHARE = 0.02
 """A step is never all attention, whatever its clock said."""
+Basis = Literal["measured", "predicted", "assumed"]
+"""Of a price. measured: the model's linear layers and this attention on it; predicted: the linear layers and
+``exact``, whose rate stands in, raised by ``Prior.unseen_factor``, for the operations that this attention
+saves or adds; assumed: nothing on this model yet."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ class CostModel:
         linear = self._linear.get(model)
         attention = self._attention.get((model, backend)) if backend is not None else linear
         return linear is not None and linear.calibrated and attention is not None and attention.calibrated
+
+    def basis(self, model: str, *backends: str) -> Basis:
+        """What prices of slices under these rest on; of several, the weakest."""
+        if all(self.calibrated(model, backend) for backend in backends):
+            return "measured"
+        return "predicted" if self.calibrated(model, "exact") else "assumed"
 
     def ratio(self, model: str) -> float | None:
         """Predicted over measured time of the model's last step, as predicted before it was learned from."""

@@ -4,11 +4,12 @@ from it, tokens go out, what is complete is closed. Whatever fails here fails it
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.contract import Slice, SliceResult
 from service.failures import failure_of
-from service.jobs import Job
+from service.jobs import Channel, Job, put_all
 from service.logs import log_failure
 from service.roster import Roster
 from service.schedule import Entry
@@ -34,8 +35,16 @@ class Delivery:
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
+        self._untold: list[tuple[Channel, list[TokenOut]]] = []
+        """Tokens of this step whose clients have not been told yet."""
 
-    def deliver(self, part: Part, result: SliceResult, now: float) -> None:
+    def deliver_all(self, results: Iterable[tuple[Part, SliceResult]], now: float) -> None:
+        """What a step gave to all its parts."""
+        for part, result in results:
+            self._deliver(part, result, now)
+        self._flush()
+
+    def _deliver(self, part: Part, result: SliceResult, now: float) -> None:
         """The result of a part whose request has not ended by now; of others nothing is kept."""
         job, sequence, entry = part.job, part.sequence, part.entry
         if job.ended:
@@ -55,6 +64,7 @@ class Delivery:
     def fail(self, job: Job, error: Exception) -> None:
         if not job.ended:
             log_failure(log, f"request {job.id} failed", error)
+        self._flush()
         with self._roster.changed:
             self._roster.end(job, failure_of(error, job))
 
@@ -82,11 +92,16 @@ class Delivery:
         for _ in tokens:
             job.note_token(now)
         if job.stream:
-            job.channel.put(tokens)
+            self._untold.append((job.channel, tokens))
+
+    def _flush(self) -> None:
+        told, self._untold = self._untold, []
+        put_all(told)
 
     def _finish_if_done(self, job: Job, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             if sequence.finished:
                 sequence.close()
+                self._flush()  # the end must not overtake the last token
                 with self._roster.changed:
                     self._roster.finish(job, sequence)

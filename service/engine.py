@@ -19,7 +19,7 @@ from service.logs import log_failure
 from service.pricing import Entries
 from service.roster import Roster
 from service.running import Steps
-from service.schedule import Limits, Rejected, Step
+from service.schedule import Limits, Rejected, Step, Unpriced
 from service.scheduler import Scheduler
 from service.seen import StepSeen, TimeSeen
 
@@ -117,10 +117,15 @@ class Engine:
         with self._changed:
             self._reject(lambda: self._scheduler.check_room(requests))
 
+    def prepare(self, job: Job, arrived: float) -> None:
+        """What of ``submit`` takes time that grows with the prompt; from any thread. The request's turn is
+        that of its arrival."""
+        job.entries = self._roster.entries_of(job, arrived)
+
     def submit(self, job: Job) -> None:
         """Queue a request, or ApiError (429, 413, 503). A long step that runs sees it where it may be left
         next."""
-        entries = self._roster.entries_of(job)
+        entries = job.entries or self._roster.entries_of(job, self.clock())
         with self._changed:
             if self._stopping:
                 raise ApiError("draining", "The server is shutting down; try again elsewhere or later.")
@@ -214,7 +219,11 @@ class Engine:
                 self._roster.close_ended(self._steps.held)
                 if self._stopping:
                     return None
-                step = self._scheduler.plan(self.clock())
+                try:
+                    step = self._scheduler.plan(self.clock())
+                except Unpriced as error:
+                    self._steps.unpriced(error)
+                    continue
                 if step is not None:
                     return step
                 self._changed.wait()

@@ -9,16 +9,26 @@ a busy engine does the same work in less time per request, and later."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kernels.registry import load
-from models.contract import Choice, Prompt, ServedModel, Want
-from service.cost import CostModel
+from models.contract import Choice, Flops, Prompt, ServedModel, Want
+from service.attention import exact_choice
+from service.cost import Basis, CostModel
+from service.measured import Effort
 from service.schedule import CHUNK_MULTIPLE
 
 MAX_SAMPLES = 32
 """Decoded tokens that are priced one by one; where there are more, these stand for those between them."""
+
+VERIFY_VECTORS = 24
+"""Vectors of the model's width, in fp32, that a row takes while it is measured: query, both outputs and their
+difference, running sums, stretches of logits, and what the output projection makes of them; as measured."""
+CLUSTERED = 2.0
+"""A step may have so many times its part of the rows that are looked at."""
+FP32_BYTES = 4
 
 Slice = tuple[int, int]
 """(start, tokens)"""
@@ -33,18 +43,20 @@ class Plan:
     tokens: int
     new_tokens: int
     chunk_tokens: int
+    effort: Effort = Effort()
+    """Of measuring its error."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """``prompt_ms`` prices what is to be read as one piece, as the lanes do; ``calibrated`` says whether the
-    model has measured these backends."""
+    """``prompt_ms`` prices what is to be read as one piece, as the lanes do; ``basis`` says what the
+    numbers rest on."""
 
     cached_tokens: int
     prefill_ms: float
     decode_ms: float
     prompt_ms: float
-    calibrated: bool
+    basis: Basis
 
 
 def predict(model: ServedModel, costs: CostModel, plan: Plan, cached_tokens: int) -> Predicted:
@@ -55,8 +67,10 @@ def predict(model: ServedModel, costs: CostModel, plan: Plan, cached_tokens: int
 
     def price(start: int, tokens: int) -> float:
         choice = plan.prefill if start < last else plan.decode
+        share = plan.effort.prefill if start < last else plan.effort.decode
         want: Want = ends if start + tokens >= last else "nothing"
-        return costs.price(name, choice.backend, model.flops(tokens, start, choice, want))
+        own_ms = costs.price(name, choice.backend, model.flops(tokens, start, choice, want))
+        return own_ms + verify_ms(model, costs, share, start, tokens)
 
     pieces = pieces_of(plan, cached_tokens, model.info.causal)
     decode_steps = max(plan.new_tokens - 1, 0)
@@ -65,8 +79,19 @@ def predict(model: ServedModel, costs: CostModel, plan: Plan, cached_tokens: int
         prefill_ms=sum(fixed + price(*piece) for piece in pieces),
         decode_ms=decode_steps * fixed + summed(lambda i: price(last + i, 1), decode_steps),
         prompt_ms=price(cached_tokens, last - cached_tokens),
-        calibrated=all(costs.calibrated(name, choice.backend) for choice in {plan.prefill, plan.decode}),
+        basis=costs.basis(name, plan.prefill.backend, plan.decode.backend),
     )
+
+
+def verify_ms(model: ServedModel, costs: CostModel, share: float, start: int, tokens: int) -> float:
+    """Of computing ``share`` of a slice's rows exactly beside the attention that was asked for, and of taking
+    them and their errors through the output projection."""
+    if not share:
+        return 0.0
+    info = model.info
+    pairs = model.flops(tokens, start, exact_choice(), "nothing").attention
+    projected = tokens * len(info.applied_layers) * 2 * (2 * info.embedding_dim**2)
+    return costs.price(info.name, "exact", Flops(share * projected, share * pairs))
 
 
 def cached_tokens_of(model: ServedModel, token_ids: Sequence[int], choice: Choice, salt: str) -> int:
@@ -99,7 +124,9 @@ def _bytes(model: ServedModel, plan: Plan, choice: Choice) -> int:
     chunk = plan.tokens
     if model.info.causal and not looks_ahead(choice):
         chunk = min(max(plan.chunk_tokens, choice.params.chunk_multiple()), plan.tokens)
-    return model.estimate_bytes(plan.tokens, plan.new_tokens, choice, chunk)
+    rows = math.ceil(min(CLUSTERED * plan.effort.rows, 1.0) * chunk)
+    beside = rows * VERIFY_VECTORS * model.info.embedding_dim * FP32_BYTES
+    return model.estimate_bytes(plan.tokens, plan.new_tokens, choice, chunk) + beside
 
 
 def looks_ahead(choice: Choice) -> bool:

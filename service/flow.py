@@ -20,8 +20,11 @@ from starlette.responses import Response
 from models.contract import ServedModel, Task
 from service.answers import Attended, attention_of
 from service.attention import exact_choice
+from service.error_answers import largest_estimate
 from service.errors import ApiError
-from service.jobs import Channel, Job, Times
+from service.jobs import Channel, Job, Times, leads
+from service.measured import SAMPLED
+from service.meters import attach, is_measured, measured_of
 from service.record import Record
 from service.report import observe_job
 from service.runtime import Runtime
@@ -32,6 +35,8 @@ T = TypeVar("T")
 FP32_BYTES = 4
 LARGE_ANSWER_VALUES = 4096
 """Numbers beyond which an answer is written in a worker thread."""
+OFF_LOOP_TOKENS = 4096
+"""Prompt tokens beyond which the cache is asked in a reader thread: hashing so many takes 0.3 ms."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,22 @@ class Flow:
     async def tokenise(self, read: Callable[[], T], timeout_ms: int | None = None) -> T:
         """``read`` in a reader thread, its time noted. ApiError: 429 where too many wait already, 504 at the
         deadline, 499 where the client leaves; what has not begun by then is never read."""
+        self.runtime.check_open()
+        return await self._in_reader(read, self._deadlines(timeout_ms))
+
+    async def prepare(self, job: Job) -> None:
+        """Before ``run`` or a stream: where prompts are long, the cache is asked about them in a reader
+        thread, since that hashes every token. ApiError as ``tokenise``."""
+        prompts = [sequence.prompt for sequence in job.sequences if leads(sequence)]
+        if sum(len(prompt.token_ids) for prompt in prompts if prompt is not None) > OFF_LOOP_TOKENS:
+            now, engine = self.runtime.clock(), self.runtime.engine
+            await self._in_reader(lambda: engine.prepare(job, now), (job.deadline, job.queue_deadline))
+
+    async def _in_reader(self, read: Callable[[], T], deadlines: Items[float | None]) -> T:
         runtime = self.runtime
-        runtime.check_open()
         started = runtime.clock()
         reading = runtime.readers.submit(read)
-        limits = [limit for limit in self._deadlines(timeout_ms) if limit is not None]
+        limits = [limit for limit in deadlines if limit is not None]
         try:
             left_s = max(min(limits) - started, 0)
             return await self._unless_gone(asyncio.wrap_future(reading), left_s, lambda: "queued")
@@ -104,10 +120,12 @@ class Flow:
         job.deadline, job.queue_deadline = self._deadlines(asked.timeout_ms)
         chunk = self.runtime.settings.prefill_chunk_tokens
         choices = list({id(choice): choice for choice in attended.choices}.values())
+        sampling = self.runtime.sampling if record.operation in SAMPLED else None
+        job.verify_cause = attach(model, sequences, attended.prefill, attended.decode, sampling)
         for sequence in sequences:
             sequence.output_bytes = sequence.kept_vectors * model.info.embedding_dim * FP32_BYTES
             sequence.estimated_bytes = sequence_bytes(model, sequence, choices, chunk)
-            sequence.exact_bytes = sequence_bytes(model, sequence, [exact_choice()], chunk)
+            sequence.exact_bytes = sequence_bytes(model, sequence, [exact_choice()], chunk, measured=False)
         job.memory.estimated_bytes = sum(sequence.estimated_bytes for sequence in sequences)
         job.memory.exact_bytes = sum(sequence.exact_bytes for sequence in sequences)
         return job
@@ -116,6 +134,13 @@ class Flow:
         """Submit and wait for the end. ApiError where it fails; cancelled where the client leaves."""
         self.submit(job)
         await self.next_event(job)
+        await self.measure(job)
+
+    async def measure(self, job: Job) -> None:
+        """Ask the meters of a job that is complete, where it has any: off the event loop, since many rows
+        take a while. Before ``finish``."""
+        if is_measured(job.sequences):
+            job.measured = await self.offload(lambda: measured_of(job.sequences))
 
     def submit(self, job: Job) -> None:
         if self.runtime.models.get(job.model.info.name) is not job.model:
@@ -163,6 +188,8 @@ class Flow:
         record.queue_s = first_step - times.submitted
         record.inference_s = (times.ended or first_step) - first_step
         record.density = attention_of(job, attended).density
+        error = job.measured.prefill
+        record.measured_error = None if error is None else largest_estimate(error)
         observe_job(self.runtime, record, job)
         for chosen in [attended.prefill, *([attended.decode] if attended.split else [])]:
             if chosen.fallback_reason is not None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from models.contract import ServedModel
 from service.errors import ApiError
+from service.measured import Cause, Measured
+from service.schedule import Entry
 from service.sequences import GenerateSequence, Sequence, TokenOut
 
 Stage = Literal["queued", "running"]
@@ -27,10 +29,14 @@ class Channel:
 
     def put(self, events: Items[Event]) -> None:
         """From any thread. A loop that is gone has nobody to tell."""
-        with contextlib.suppress(RuntimeError):  # what call_soon_threadsafe raises on a closed loop
-            self._loop.call_soon_threadsafe(self._put_all, events)
+        put_all([(self, events)])
 
-    def _put_all(self, events: Items[Event]) -> None:
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def put_here(self, events: Items[Event]) -> None:
+        """On the event loop."""
         for event in events:
             self._events.put_nowait(event)
 
@@ -40,6 +46,19 @@ class Channel:
         if isinstance(event, ApiError):
             raise event
         return event
+
+
+def put_all(told: Items[tuple[Channel, Items[Event]]]) -> None:
+    """``Channel.put`` for many channels, which wakes their event loop once: woken for each, it would fight
+    for the interpreter with a step that is not over yet."""
+
+    def put() -> None:
+        for channel, events in told:
+            channel.put_here(events)
+
+    if told:
+        with contextlib.suppress(RuntimeError):  # what call_soon_threadsafe raises on a closed loop
+            told[0][0].loop.call_soon_threadsafe(put)
 
 
 @dataclass
@@ -98,12 +117,18 @@ class Job:
     queue_deadline: float | None = None
     teaches: bool = True
     """Whether the cost model learns from its steps: not from first use."""
+    entries: Items[Entry] = ()
+    """What the scheduler will see of it, where it has been prepared."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     """Wake-ups at the deadlines, belonging to the event loop."""
     batch_requests: int = 0
     batch_tokens: int = 0
     ended: bool = False
     error: ApiError | None = None
+    measured: Measured = field(default_factory=Measured)
+    """How wrong its attention was, once it is over and somebody has asked its meters."""
+    verify_cause: Cause = "asked"
+    """Why it has meters, where it has any."""
 
     @property
     def stage(self) -> Stage:
@@ -128,6 +153,11 @@ class Job:
         elif self.times.last_token is not None and len(self.sequences) == 1:
             self.times.token_gaps.append(now - self.times.last_token)
         self.times.last_token = now
+
+
+def leads(sequence: Sequence) -> bool:
+    """Whether it reads its prompt itself."""
+    return not isinstance(sequence, GenerateSequence) or sequence.leader is None
 
 
 def groups_of(job: Job) -> list[list[Sequence]]:

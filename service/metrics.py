@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -24,9 +25,11 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics import MetricWrapperBase
 
+from kernels.math.cache import CACHES
 from kernels.registry import BACKENDS
 from models.contract import CacheUse, ModelInfo, Task
 from service.errors import KINDS
+from service.measured import Cause
 from service.record import OPERATIONS
 
 Metric = TypeVar("Metric", bound=MetricWrapperBase)
@@ -38,6 +41,7 @@ TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536,
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATIO = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1)
 ESTIMATE_RATIO = (0.25, 0.5, 0.65, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
+ERROR = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
 LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 LENGTH_BUCKETS = (("<=512", 512), ("<=2k", 2048), ("<=8k", 8192), ("<=32k", 32_768), ("<=128k", 131_072))
@@ -55,6 +59,8 @@ REJECTIONS = (
     "auth",
 )
 LANES = ("short", "long")
+PHASES = ("prefill", "decode")
+CAUSES: tuple[Cause, ...] = ("asked", "sampled")
 CACHE_STATES = ("held", "cached", "free")
 LOAD_OUTCOMES = ("loaded", "failed")
 TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
@@ -62,6 +68,8 @@ TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
     "generate": ("generate", "completions", "chat"),
     "score": ("score",),
 }
+OF_NO_ATTENTION = ("compare", "diagnose")
+"""Operations that run under several attentions, or look at attention itself."""
 _REASON_OF_CODE = {
     "queue_full": "queue_full",
     "token_budget_exhausted": "token_budget",
@@ -100,6 +108,7 @@ class Metrics:
         by_length = ("model", "operation", "attention", "length_bucket")
         by_operation = ("model", "operation")
         by_attention = ("model", "attention")
+        by_phase = (*by_attention, "phase")
 
         self.requests = counter("requests", "Requests answered.", "model", "operation", "attention", "code")
         self.rejected = counter("requests_rejected", "Requests turned away.", "operation", "reason")
@@ -138,6 +147,19 @@ class Metrics:
         self.fallback = counter(
             "attention_fallback", "Permitted substitutions.", "requested", "used", "reason"
         )
+        self.measured_error = histogram(
+            "measured_error",
+            "Largest error of a layer's attention, of verified requests.",
+            ERROR,
+            *by_phase,
+        )
+        self.measured_row_bound = histogram(
+            "measured_row_bound", "Error that 95 % of a verified prompt's rows stay below.", ERROR, *by_phase
+        )
+        self.verified_requests = counter(
+            "verified_requests", "Requests whose error was measured.", "model", "attention", "cause"
+        )
+        self.verified_rows = counter("verified_rows", "Rows of a layer computed exactly too.", *by_phase)
         self.memory_reserved = gauge("memory_reserved_bytes", "Bytes admitted requests may hold.", "device")
         self.memory_limit = gauge("memory_limit_bytes", "Bytes requests may hold.", "device")
         self.memory_estimate = histogram(
@@ -150,6 +172,9 @@ class Metrics:
         self.prefix_found = counter("prefix_cache_found_tokens", "Of these, tokens that were there.", "model")
         self.prefix_evicted = counter(
             "prefix_cache_evicted_pages", "Cached pages given up for others.", "model"
+        )
+        self.kernel_cache_bytes = gauge(
+            "kernel_cache_bytes", "What kernels keep; masks in plans count twice.", "cache"
         )
         self.warm_up_progress = gauge("warm_up_progress_ratio", "Share of the warm-up that is done.")
         self.model_loads = counter("model_loads", "Models loaded, at the start or later.", "outcome")
@@ -166,7 +191,10 @@ class Metrics:
         have."""
         used = list(backends)
         operations = [operation for task in info.tasks for operation in TASK_OPERATIONS[task]]
-        self._create_model(info.name, operations, used, _buckets_up_to(info.max_tokens))
+        lengths = _buckets_up_to(info.max_tokens)
+        self._create_model(info.name, operations, used, lengths)
+        for operation in OF_NO_ATTENTION:
+            self._create_operation(info.name, operation, [], ["none"], lengths)
         self.model_info.labels(info.name, info.source, info.architecture, info.dtype, info.device).set(1)
 
     def remove_model(self, name: str) -> None:
@@ -198,6 +226,8 @@ class Metrics:
         self.build_info.labels(*build).set(1)
         for gauge in (self.ready, self.draining, self.heartbeat_age, self.queue_ms, self.warm_up_progress):
             gauge.set(0)
+        for name, kept in CACHES.items():
+            self.kernel_cache_bytes.labels(name).set_function(partial(getattr, kept, "held_bytes"))
         for lane in LANES:
             self.lane_seconds.labels(lane)
         for outcome in LOAD_OUTCOMES:
@@ -219,16 +249,12 @@ class Metrics:
         self, model: str, operations: list[str], backends: list[str], lengths: list[str]
     ) -> None:
         for operation in operations:
-            for by_operation in (self.queue, self.tokenize, self.input_tokens, self.output_tokens):
-                by_operation.labels(model, operation)
-            for attention, code in itertools.product([*backends, "none"], _codes()):
-                self.requests.labels(model, operation, attention, code)
-            for attention, length in itertools.product(backends, lengths):
-                self.request_duration.labels(model, operation, attention, length)
-                self.inference.labels(model, operation, attention, length)
+            self._create_operation(model, operation, backends, backends, lengths)
         for attention in backends:
             for by_attention in (self.first_token, self.inter_token, self.density, self.memory_estimate):
                 by_attention.labels(model, attention)
+            if attention != "exact":
+                self._create_verified(model, attention)
         for by_model in (self.batch_requests, self.batch_tokens, self.step, self.step_prediction):
             by_model.labels(model)
         for gauge in (self.queue_depth, self.queue_tokens, self.running_requests):
@@ -236,6 +262,24 @@ class Metrics:
         for counter in (self.truncated_inputs, self.truncated_tokens, self.pauses):
             counter.labels(model)
         self.see_cache(model, CacheUse())
+
+    def _create_operation(
+        self, model: str, operation: str, named: list[str], timed: list[str], lengths: list[str]
+    ) -> None:
+        for by_operation in (self.queue, self.tokenize, self.input_tokens, self.output_tokens):
+            by_operation.labels(model, operation)
+        for attention, code in itertools.product([*named, "none"], _codes()):
+            self.requests.labels(model, operation, attention, code)
+        for attention, length in itertools.product(timed, lengths):
+            self.request_duration.labels(model, operation, attention, length)
+            self.inference.labels(model, operation, attention, length)
+
+    def _create_verified(self, model: str, attention: str) -> None:
+        for phase in PHASES:
+            for by_phase in (self.measured_error, self.measured_row_bound, self.verified_rows):
+                by_phase.labels(model, attention, phase)
+        for cause in CAUSES:
+            self.verified_requests.labels(model, attention, cause)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._noted(Counter(name, text, labels, namespace="longreach", registry=self.registry), labels)

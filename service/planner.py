@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.chunks import Budget, chunk, smallest
-from service.ledger import Ledger, Queue, Room, passed_over
-from service.schedule import Entry, Lane, Limits, Step
+from service.ledger import Ledger
+from service.queue import Queue
+from service.room import Room
+from service.schedule import Entry, Limits, Step
 
 MAX_MISSES = 16
 """So many prompts that do not fit what is left of a step end the search for one that does."""
@@ -32,6 +34,10 @@ class Draft:
     reading_ms: float = 0.0
     lent_ms: float = 0.0
     passed: list[Entry] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for entry, _ in self.parts]
 
     @property
     def predicted_ms(self) -> float:
@@ -75,7 +81,7 @@ class Planner:
         alone = self._ledger.solo(model, "short")
         if alone is not None:
             return self._alone(draft, alone)
-        room = Room(self._ledger)
+        room = self._ledger.room()
         budget = self._decode(draft)
         self._read_short(draft, budget, room, queue)
         if draft.parts:
@@ -89,15 +95,13 @@ class Planner:
         alone = self._ledger.solo(model, "long")
         if alone is not None:
             return self._alone(draft, alone)
-        room, budget = Room(self._ledger), self._budget(math.inf)
-        for entry in queue.order:
-            if not room.holds(entry) or not _is_prompt(entry, model, "long"):
-                continue
+        room, budget = self._ledger.room(), self._budget(math.inf)
+        for entry in queue.prompts(model, "long", room):
             if entry.chunkable or not draft.parts:
                 self._offer(draft, budget, room, entry, forced=not draft.parts)
             if budget.spent or not draft.parts[0][0].chunkable:
                 break
-        draft.passed = passed_over(queue, room, [], _readers(draft))
+        draft.passed = queue.passed_over(room, draft.entries)
         return draft if draft.parts else None
 
     def ran(self, step: Step) -> None:
@@ -138,39 +142,41 @@ class Planner:
         return Budget(limits.step_tokens - len(draft.parts), ms, limits.prefill_chunk_tokens)
 
     def _read_short(self, draft: Draft, budget: Budget, room: Room, queue: Queue) -> None:
-        mine = [entry for entry in queue.order if _is_prompt(entry, draft.model, "short")]
-        if mine and self._ledger.num_short() == 1:
-            budget.ms = max(budget.ms, self._whole(mine[0]))
+        only = queue.first(draft.model, "short") if self._ledger.num_short() == 1 else None
+        if only is not None:
+            budget.ms = max(budget.ms, self._whole(only))
         num_decoding, misses = len(draft.parts), 0
-        for entry in queue.order:
-            if not room.holds(entry) or not _is_prompt(entry, draft.model, "short"):
-                continue
+        stood: Entry | None = None
+        for entry in queue.prompts(draft.model, "short", room):
+            stood = stood or entry
             first = len(draft.parts) == num_decoding
             forced = first and (entry.due or not num_decoding or self._has_saved_for(entry, budget))
             if (budget.spent and not (entry.due or forced)) or misses == MAX_MISSES:
                 break
             misses += not self._offer(draft, budget, room, entry, forced=forced)
-        draft.passed += passed_over(queue, room, mine, _readers(draft))
+        read = draft.entries[num_decoding:]
+        draft.passed = queue.passed_over(room, read, draft.model)
+        if not read and stood is not None:
+            draft.passed.append(stood)
 
     def _has_saved_for(self, entry: Entry, budget: Budget) -> bool:
         """Whether steps without a prompt have left so much time to this model's prompts as the smallest piece
         of this one needs: reading gets its half beside decoding."""
         saved_ms = self._saved_ms.get(entry.model, 0.0)
-        return entry.price(entry.read, smallest(entry)) <= saved_ms + budget.ms
+        return entry.ms(entry.read, smallest(entry)) <= saved_ms + budget.ms
 
     def _whole(self, entry: Entry) -> float:
         """Price of the rest of a prompt that nobody else waits behind, where two steps' time is enough; else
         0."""
-        ms = entry.price(entry.read, entry.left)
+        ms = entry.ms(entry.read, entry.left)
         return ms if ms <= 2 * self._limits.step_ms else 0.0
 
     def _fill_up(self, draft: Draft, budget: Budget, room: Room, queue: Queue) -> None:
         misses = 0
-        for entry in queue.order:
+        for entry in queue.pieces(draft.model, room):
             if budget.spent or misses == MAX_MISSES:
                 return
-            if _is_prompt(entry, draft.model, "long") and entry.chunkable and room.holds(entry):
-                misses += not self._offer(draft, budget, room, entry, forced=False)
+            misses += not self._offer(draft, budget, room, entry, forced=False)
 
     def _offer(self, draft: Draft, budget: Budget, room: Room, entry: Entry, *, forced: bool) -> bool:
         """Whether it reads in this step."""
@@ -186,14 +192,6 @@ class Planner:
         asked = entry.decoded // REPRICE_TOKENS
         known = self._decode_ms.get(entry.key)
         if known is None or known[0] != asked:
-            known = asked, entry.price(entry.tokens + entry.decoded, 1)
+            known = asked, entry.ms(entry.tokens + entry.decoded, 1)
             self._decode_ms[entry.key] = known
         return known[1]
-
-
-def _is_prompt(entry: Entry, model: str, lane: Lane) -> bool:
-    return entry.model == model and entry.lane == lane
-
-
-def _readers(draft: Draft) -> list[Entry]:
-    return [entry for entry, _ in draft.parts if not entry.decoding]

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 
 from models.contract import Choice, Flops, Want
 from service.cost import CostModel
-from service.estimate import looks_ahead
+from service.estimate import looks_ahead, verify_ms
 from service.jobs import Job
 from service.schedule import CHUNK_MULTIPLE, Entry
 from service.sequences import Sequence
@@ -33,8 +33,9 @@ class Prices:
 
     def __call__(self, start: int, tokens: int) -> float:
         """Of ``tokens`` of the prompt from ``start`` on; where that lies beyond it, of one decoded token."""
-        choice = self._choice(start)
-        return self._costs.price(self._model.info.name, choice.backend, self.flops(start, tokens))
+        choice, flops = self._choice(start), self.flops(start, tokens)
+        price = self._costs.price(self._model.info.name, choice.backend, flops)
+        return price + self._verify_ms(start, tokens)
 
     def flops(self, start: int, tokens: int) -> Flops:
         sequence = self._sequence
@@ -50,6 +51,12 @@ class Prices:
             found = self._model.flops(tokens, start, self._choice(start), want)
             self._kept[start, tokens] = found
         return found
+
+    def _verify_ms(self, start: int, tokens: int) -> float:
+        """Of the rows that exact attention computes again to measure the error."""
+        effort = self._sequence.effort
+        share = effort.prefill if start < self._sequence.prompt_tokens else effort.decode
+        return verify_ms(self._model, self._costs, share, start, tokens)
 
     def _choice(self, start: int) -> Choice:
         sequence = self._sequence
@@ -69,6 +76,7 @@ class Entries:
         leader = members[0]
         entry = self._make(job, leader, now)
         entry.bytes = sum(member.estimated_bytes for member in members)
+        entry.output_bytes = leader.output_bytes
         entry.places = len(members) if job.model.info.causal else 0
         if leader.prompt is not None:
             entry.read = min(job.model.cached_tokens(leader.prompt), leader.prompt_tokens - 1)

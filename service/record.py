@@ -8,6 +8,8 @@ OPERATIONS = {
     "/v1/encode": "encode",
     "/v1/generate": "generate",
     "/v1/score": "score",
+    "/v1/compare": "compare",
+    "/v1/diagnose": "diagnose",
     "/v1/embeddings": "embeddings",
     "/v1/completions": "completions",
     "/v1/chat/completions": "chat",
@@ -32,6 +34,7 @@ class Record:
     model: str = "unknown"
     attention: str = "none"
     density: float | None = None
+    measured_error: float | None = None
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -54,7 +57,7 @@ class Record:
             "x-request-id": self.request_id,
             "server-timing": f"queue;dur={queue_ms:.1f}, tokenize;dur={tokenize_ms:.1f}, "
             f"infer;dur={infer_ms:.1f}, total;dur={total_ms:.1f}",
-            "x-compute-tokens": str(self.input_tokens + self.output_tokens),
+            "x-compute-tokens": str(self.input_tokens - self.cached_tokens + self.output_tokens),
             "x-queue-time": f"{queue_ms:.0f}",
             "x-inference-time": f"{infer_ms:.0f}",
             "x-total-time": f"{total_ms:.0f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from service.error_answers import finite, largest_estimate
 from service.errors import KINDS
 from service.jobs import Job
 from service.metrics import length_bucket, rejection_reason
@@ -33,6 +34,8 @@ def report(runtime: Runtime, record: Record, now: float) -> None:
     if record.operation is not None:
         fields |= {"model": record.model, "attention": record.attention}
         fields |= {"input_tokens": record.input_tokens, "output_tokens": record.output_tokens}
+    if record.measured_error is not None and record.density is not None:
+        fields["measured_error"] = round(record.measured_error, 6)
     if record.error_code is not None:
         fields["error"] = record.error_code
     log.log(logging.DEBUG if record.path in _PROBES else logging.INFO, "request", extra={"fields": fields})
@@ -84,6 +87,28 @@ def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
             metrics.inter_token.labels(model, record.attention).observe(gap)
     if record.density is not None:
         metrics.density.labels(model, record.attention).observe(record.density)
+    _observe_errors(runtime, record, job)
     peak = job.memory.peak_bytes
     if peak:
         metrics.memory_estimate.labels(model, record.attention).observe(job.memory.estimated_bytes / peak)
+
+
+def _observe_errors(runtime: Runtime, record: Record, job: Job) -> None:
+    """How wrong it was, where somebody looked. An exact attention is not: it would only dilute the others."""
+    metrics, first = runtime.metrics, job.sequences[0]
+    measured = job.measured
+    phases = {"prefill": (first.choice, measured.prefill), "decode": (first.decode_choice, measured.decode)}
+    verified = set()
+    for phase, (choice, error) in phases.items():
+        if error is None or choice.backend == "exact":
+            continue
+        labels = (record.model, choice.backend, phase)
+        estimate, row_bound = largest_estimate(error), finite(error.row_bound)
+        if estimate is not None:
+            metrics.measured_error.labels(*labels).observe(estimate)
+        if row_bound is not None:
+            metrics.measured_row_bound.labels(*labels).observe(row_bound)
+        metrics.verified_rows.labels(*labels).inc(error.rows)
+        verified.add(choice.backend)
+    for backend in verified:
+        metrics.verified_requests.labels(record.model, backend, job.verify_cause).inc()

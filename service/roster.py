@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from service.errors import ApiError
 from service.jobs import Event, Job, groups_of
 from service.pricing import Entries
-from service.schedule import Entry, Rejected
+from service.schedule import Entry
 from service.scheduler import Scheduler
 from service.sequences import Sequence
 
@@ -27,21 +27,15 @@ class Roster:
         self._owners: dict[int, tuple[Job, Sequence]] = {}
         self._closing: list[tuple[str, Sequence]] = []
 
-    def entries_of(self, job: Job) -> list[Entry]:
+    def entries_of(self, job: Job, arrived: float) -> list[Entry]:
         """One entry for every input; without the lock, since the cache is asked about each prompt."""
-        now = self._clock()
-        return [self._entries.group(job, members, now) for members in groups_of(job)]
+        return [self._entries.group(job, members, arrived) for members in groups_of(job)]
 
     def admit(self, job: Job, entries: Items[Entry]) -> None:
-        """Queue the request, or Rejected: its last input must still fit beside what the others leave."""
-        leaders, limits = [members[0] for members in groups_of(job)], self.scheduler.limits
-        outputs = sum(sequence.output_bytes for sequence in job.sequences)
-        pairs = zip(entries, leaders, strict=True)
-        needed = outputs + max(entry.bytes - leader.output_bytes for entry, leader in pairs)
-        if needed > limits.memory_bytes:
-            raise Rejected("never_fits", value=needed, limit=limits.memory_bytes)
+        """Queue the request, or Rejected."""
+        leaders = [members[0] for members in groups_of(job)]
         now = self._clock()
-        self.scheduler.admit(entries, now)
+        self.scheduler.admit(entries)
         self.jobs[job.id] = job
         for entry, leader in zip(entries, leaders, strict=True):
             self._owners[entry.key] = (job, leader)
@@ -63,12 +57,10 @@ class Roster:
     def finish(self, job: Job, sequence: Sequence) -> None:
         """A sequence is complete and closed."""
         if sequence.entry is not None:
-            self.scheduler.release(sequence.entry)
+            self.scheduler.release(sequence.entry, keeps_output=not job.complete)
             self._owners.pop(sequence.entry.key, None)
         if job.complete:
             self.end(job, None)
-        else:
-            _hand_on(job, sequence)
 
     def end(self, job: Job, error: ApiError | None) -> None:
         """The one way a request ends. Its caches are freed by the engine thread before the next step."""
@@ -105,16 +97,3 @@ class Roster:
         return any(job.model.info.name == model for job in self.jobs.values()) or any(
             name == model for name, _ in self._closing
         )
-
-
-def _hand_on(job: Job, sequence: Sequence) -> None:
-    """An input that is not done answers for what a finished one leaves for the answer: one that runs before
-    one that waits, which reserves it with its own when it starts."""
-    if not sequence.output_bytes:
-        return
-    pending = [other for other in job.sequences if not other.finished]
-    heir = next((other for other in pending if other.state is not None), pending[0])
-    heir.output_bytes += sequence.output_bytes
-    if heir.entry is not None:
-        heir.entry.bytes += sequence.output_bytes
-    sequence.output_bytes = 0

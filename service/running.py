@@ -15,10 +15,11 @@ from models.contract import Forward, SliceResult, StepResult
 from service.cost import CostModel, SliceRun
 from service.delivery import Delivery, Part
 from service.heartbeat import Heartbeat
+from service.logs import log_failure
 from service.opening import Opener
 from service.pricing import Prices
 from service.roster import Roster
-from service.schedule import Entry, Step
+from service.schedule import Entry, Step, Unpriced
 from service.seen import StepSeen, TimeSeen, time_seen
 from service.sequences import Sequence
 
@@ -80,6 +81,15 @@ class Steps:
             with self._roster.changed:
                 self._roster.scheduler.failed(running.step, 0.0)
 
+    def unpriced(self, error: Unpriced) -> None:
+        """Nothing can be planned with an entry whose price fails: its request fails, the others go on."""
+        owner = self._roster.owner(error.entry)
+        if owner is not None:
+            cause = error.__cause__
+            self._delivery.fail(owner[0], cause if isinstance(cause, Exception) else error)
+        with self._roster.changed:
+            self._roster.scheduler.drop(error.entry.job)
+
     @property
     def held(self) -> set[Sequence]:
         """Sequences that belong to a begun forward."""
@@ -134,7 +144,11 @@ class Steps:
         if running.abandoned:
             return True
         with self._roster.changed:
-            return self._roster.scheduler.should_pause(running.step, now)
+            while True:
+                try:
+                    return self._roster.scheduler.should_pause(running.step, now)
+                except Unpriced as error:
+                    self.unpriced(error)
 
     def _over(self, running: Running) -> None:
         """The forward is closed before any of its sequences can be."""
@@ -157,10 +171,10 @@ class Steps:
     def _done(self, running: Running, result: StepResult, seconds: float, now: float) -> None:
         step, parts = running.step, running.parts
         self._over(running)
-        runs = [_run_of(part, found) for part, found in zip(parts, result.results, strict=True)]
+        runs = _runs_of(parts, result)
         with self._roster.changed:
             self._roster.scheduler.advance(step, seconds)
-            if all(part.job.teaches for part in parts):
+            if runs is not None and all(part.job.teaches and part.slice.meter is None for part in parts):
                 self._costs.observe(step.model, runs, running.seconds)
             for entry, _ in step.parts:
                 self._note_read(entry)
@@ -174,8 +188,7 @@ class Steps:
             else:
                 peak_bytes = None if running.pauses else result.peak_bytes
                 job.memory.note(running.held_before, job.held_bytes, peak_bytes)
-        for part, found in zip(parts, result.results, strict=True):
-            self._delivery.deliver(part, found, now)
+        self._delivery.deliver_all(zip(parts, result.results, strict=True), now)
         lane = (step.predicted_ms, step.long, running.pauses)
         self._observe(StepSeen(step.model, len(jobs), tokens, running.seconds, *lane))
 
@@ -187,8 +200,16 @@ class Steps:
             entry.read = min(owner[1].state.length, entry.tokens)
 
 
+def _runs_of(parts: list[Part], result: StepResult) -> list[SliceRun] | None:
+    """The slices of a step as the cost model learns from it; None where their FLOPs cannot be told."""
+    try:
+        return [_run_of(part, found) for part, found in zip(parts, result.results, strict=True)]
+    except Exception as error:
+        log_failure(log, "a step teaches nothing: its FLOPs could not be predicted", error)
+        return None
+
+
 def _run_of(part: Part, result: SliceResult) -> SliceRun:
-    """A slice as the cost model learns from it."""
     prices = part.entry.price
     assert isinstance(prices, Prices)
     flops = prices.flops(part.start, len(part.slice.token_ids))

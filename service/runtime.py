@@ -17,6 +17,7 @@ from service.drain_rate import DrainRate
 from service.engine import Engine
 from service.errors import ApiError, invalid
 from service.jobs import Job
+from service.meters import Sampling
 from service.metrics import Metrics
 from service.progress import Progress
 from service.readers import Readers
@@ -42,6 +43,8 @@ class Runtime:
         """Why the server cannot serve, once it is known that it cannot."""
         self.in_flight = 0
         """Requests that work is being done for; a draining server waits for them."""
+        self.last_step_s: float | None = None
+        """When the last engine step ended, on ``clock``."""
         self.progress = Progress()
         """How far loading has come."""
         self.changing = asyncio.Lock()
@@ -59,6 +62,8 @@ class Runtime:
         self.engine = Engine(
             _limits(settings), clock, self._observe_step, self.costs, settings.watchdog_s, self._observe_time
         )
+        self.sampling = Sampling(settings.verify_fraction)
+        """Which requests are measured though they do not ask."""
         self.readers = Readers(num_threads=4)
         """Tokenising."""
         self.workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="longreach-worker")
@@ -205,6 +210,7 @@ class Runtime:
         metrics.warm_up_progress.set(self.progress.ratio)
 
     def _observe_step(self, seen: StepSeen) -> None:
+        self.last_step_s = self.clock()
         self.metrics.batch_requests.labels(seen.model).observe(seen.requests)
         self.metrics.batch_tokens.labels(seen.model).observe(seen.tokens)
         self.metrics.step.labels(seen.model).observe(seen.seconds)

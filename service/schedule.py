@@ -25,6 +25,18 @@ Price = Callable[[int, int], float]
 No smaller for more tokens."""
 
 
+class Unpriced(Exception):
+    """What an entry's next tokens take cannot be told: its request fails, and nothing was decided."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(f"a price of request {entry.job} failed")
+        self.entry = entry
+
+
+Claim = tuple[float, float, float, int]
+Turn = tuple[float, float, float, float, float, int]
+
+
 def no_price(start: int, tokens: int) -> float:
     """Nothing is known about costs: steps are bounded by their tokens alone."""
     return 0.0
@@ -47,6 +59,8 @@ class Entry:
     """When it arrived, or last had a part in a step: from then on it ages."""
     priority: int = 0
     """Larger goes first."""
+    output_bytes: int = 0
+    """Of ``bytes``: what stays after it has been read, until its whole request ends."""
     deadline: float | None = None
     queue_deadline: float | None = None
     """When waiting must end although running might go on (a client's own read timeout)."""
@@ -94,19 +108,42 @@ class Entry:
         """About what the rest of the prompt takes."""
         return self.cost_ms * self.left / max(self.tokens - self.read_before, 1)
 
-    def claim(self, now: float) -> tuple[float, float, float, int]:
+    def ms(self, start: int, tokens: int) -> float:
+        """The price of a slice. Unpriced where it raises, or is no number that sums can hold."""
+        try:
+            ms = self.price(start, tokens)
+        except Exception as error:
+            raise Unpriced(self) from error
+        if not 0 <= ms < math.inf:
+            raise Unpriced(self) from ValueError(f"the price of {tokens} tokens from {start} on is {ms} ms")
+        return ms
+
+    def points(self, now: float) -> int:
+        """Effective priority: one point more for every ``AGE_S`` since it last began or went on waiting."""
+        return self.priority + math.floor(max(now - self.waits_since, 0.0) / AGE_S)
+
+    def claim(self, now: float) -> Claim:
         """What sorts entries by their right to memory and places: effective priority, then deadline, then
         arrival."""
-        points = self.priority + math.floor(max(now - self.waits_since, 0.0) / AGE_S)
-        return -points, math.inf if self.deadline is None else self.deadline, self.arrived, self.key
+        return -self.points(now), math.inf if self.deadline is None else self.deadline, self.arrived, self.key
 
-    def turn(self, now: float) -> tuple[float, float, float, float, float, int]:
+    def turn(self, now: float) -> Turn:
         """What sorts entries for a step: as their claims, but a deadline that leaves little slack goes before
         others, and long prompts then go by what is left of them: a chapter does not wait for a library."""
         points, deadline, arrived, key = self.claim(now)
         left_ms = self.left_ms if self.lane == "long" else 0.0
         pressing = deadline if 0 <= deadline - now - left_ms / 1000 < SLACK * left_ms / 1000 else math.inf
         return points, pressing, left_ms, deadline, arrived, key
+
+    def changes_at(self, now: float) -> list[float]:
+        """When its claim or its turn may change from now on, should nothing happen to it but waiting; some
+        moments may have passed."""
+        points = max(now - self.waits_since, 0.0) // AGE_S
+        moments = [self.waits_since + AGE_S * k for k in (points, points + 1) if k > 0]
+        if self.deadline is not None and self.lane == "long":
+            left_s = self.left_ms / 1000
+            moments += [self.deadline - left_s - SLACK * left_s, self.deadline - left_s]
+        return moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +163,11 @@ class Step:
     @property
     def tokens(self) -> int:
         return sum(tokens for _, tokens in self.parts)
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for its results any more."""
+        return all(entry.dropped for entry, _ in self.parts)
 
     @property
     def long_share(self) -> float:

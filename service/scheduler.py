@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from service.admission import Admission
 from service.begun import Begun
 from service.drain_rate import DrainRate
-from service.ledger import Ledger, Queue
+from service.ledger import Ledger
+from service.long_steps import LongSteps
 from service.planner import Draft, Planner
+from service.queue import Queue
 from service.schedule import (
     AGE_S,
     CHUNK_MULTIPLE,
@@ -61,11 +63,11 @@ class Scheduler:
         self._planner = Planner(self._ledger, fixed_ms)
         self._turns = Turns(limits.short_weight)
         self._begun = Begun()
+        self._long = LongSteps(self._ledger, self._planner, self._turns, self._begun)
         self._served = 0
         self._stale = True
         self._short_ready = False
         self._others_ready: list[str] = []
-        self._shorter_waits = False
 
     @property
     def reserved_bytes(self) -> int:
@@ -92,8 +94,8 @@ class Scheduler:
         """Rejected where ``requests`` more, of so many tokens and ms in all, would overfill the queue."""
         self._admission.check_room(requests, tokens, cost_ms)
 
-    def admit(self, entries: Sequence[Entry], now: float = 0.0) -> None:
-        """Queue all entries of one request, or none of them (Rejected)."""
+    def admit(self, entries: Sequence[Entry]) -> None:
+        """Queue all entries of one request, or none of them (Rejected, Unpriced)."""
         self._admission.admit(entries)
         self._stale = True
 
@@ -124,16 +126,13 @@ class Scheduler:
     def drop(self, job: str) -> None:
         """Forget a request: what waits leaves at once, what runs is never planned again and keeps its bytes
         until ``release``."""
-        waiting = self._ledger.waiting
-        for key in [key for key, entry in waiting.items() if entry.job == job]:
-            del waiting[key]
-        for entry in self._ledger.running.values():
-            entry.dropped = entry.dropped or entry.job == job
+        self._ledger.drop(job)
         self._stale = True
 
-    def release(self, entry: Entry) -> None:
-        """A running entry has ended and its memory is free."""
-        self._ledger.running.pop(entry.key, None)
+    def release(self, entry: Entry, *, keeps_output: bool = False) -> None:
+        """A running entry has ended and its memory is free; with ``keeps_output``, but for its output, which
+        stays until its request is dropped."""
+        self._ledger.end(entry, keeps_output=keeps_output)
         self._planner.forget(entry)
         self._stale = True
         step = self._begun.of(entry) if entry.begun else None
@@ -143,7 +142,7 @@ class Scheduler:
 
     def abandoned(self, step: Step) -> bool:
         """Nobody waits for its results any more: give it up (``failed``)."""
-        return all(entry.dropped for entry, _ in step.parts)
+        return step.abandoned
 
     def expired(self, now: float) -> list[tuple[str, str]]:
         """(request, stage) of every request whose deadline has passed."""
@@ -162,19 +161,19 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step: a new one, its entries moved to running, or a long one to go on with (the same
-        object). None where nothing can run."""
+        object). None where nothing can run. Unpriced, and nothing decided, where an entry's price fails:
+        ``drop`` its request and ask again."""
         queue = self._ledger.queue(now)
-        short, long = self._short(queue), self._long(queue)
+        short, long = self._short(queue), self._long.next(queue)
         self._stale, self._short_ready = False, short is not None
         self._level(short is not None, long is not None)
         if long is None or (short is not None and self._turns.short_due):
             return None if short is None else self._decide(short, now)
-        self._others_ready = self._other_long(long.model, queue)
+        self._others_ready = self._long.others(long.model, queue)
         self._turns.start_slice(long.model, now)
         if isinstance(long, Draft):
-            self._shorter_waits = False
             return self._decide(long, now)
-        self._shorter_waits = self._shorter(long.model, queue) is not None
+        self._long.look(long.model, queue)
         return long
 
     def resumed(self, step: Step, now: float) -> None:
@@ -184,8 +183,9 @@ class Scheduler:
 
     def should_pause(self, step: Step, now: float) -> bool:
         """Whether the long step that runs must be left: its lane has had its share and short work could run,
-        or its model has and another one's long work could, or a much shorter long step could, or nobody wants
-        it any more. Cheap unless something came or went since it was asked last."""
+        or its model has and another one's long work could, or a long step of clearly higher priority or much
+        shorter could, or nobody wants it any more. Cheap unless something came or went since it was asked
+        last."""
         self._begun.ran(step, self._turns.charge_slice(step.model, now))
         if self._stale:
             self._refresh(step, now)
@@ -193,9 +193,7 @@ class Scheduler:
             return True
         if self._others_ready and self._turns.is_over(step.model, self._others_ready):
             return True
-        if self._shorter_waits and not self._begun.owes(step.model):
-            return True
-        return self.abandoned(step)
+        return self._long.should_leave(step)
 
     def ran(self, step: Step, seconds: float) -> None:
         """A slice of a long step ran, and it was left."""
@@ -245,46 +243,17 @@ class Scheduler:
         drafts = (self._planner.short(model, queue, self._turns.lendable_ms) for model in models)
         return next((draft for draft in drafts if draft is not None), None)
 
-    def _long(self, queue: Queue) -> Draft | Step | None:
-        """The long step to begin or to go on with next."""
-        models = self._turns.order("long", self._ledger.models("long"))
-        found = (self._long_of(model, queue) for model in models)
-        return next((step for step in found if step is not None), None)
-
-    def _long_of(self, model: str, queue: Queue) -> Draft | Step | None:
-        """The step that the model has begun last, or a much shorter one that may begin before it goes on."""
-        step = self._begun.last(model)
-        if step is None:
-            return self._planner.long(model, queue)
-        if self.abandoned(step):
-            return None
-        shorter = None if self._begun.owes(model) else self._shorter(model, queue)
-        return step if shorter is None else shorter
-
-    def _shorter(self, model: str, queue: Queue) -> Draft | None:
-        """A step so much shorter than what is left of the begun one that it may begin on top of it."""
-        draft = self._planner.long(model, queue) if self._begun.has_room(model) else None
-        if draft is None:
-            return None
-        entries = [entry for entry, _ in draft.parts]
-        return draft if self._begun.waits_for(entries, draft.predicted_ms, model, queue.now) else None
-
-    def _other_long(self, model: str, queue: Queue) -> list[str]:
-        """Other models with long work that could run now."""
-        others = sorted(self._ledger.models("long") - {model})
-        return [other for other in others if self._long_of(other, queue) is not None]
-
     def _level(self, short: bool, long: bool) -> None:
         lanes: dict[Lane, bool] = {"short": short, "long": long}
         self._turns.level_lanes(lane for lane, ready in lanes.items() if ready)
 
     def _refresh(self, step: Step, now: float) -> None:
         """Something came or went while a long step runs: what could run instead?"""
-        self._stale = False
         queue = self._ledger.queue(now)
         self._short_ready = self._short(queue) is not None
-        self._others_ready = self._other_long(step.model, queue)
-        self._shorter_waits = self._shorter(step.model, queue) is not None
+        self._others_ready = self._long.others(step.model, queue)
+        self._long.look(step.model, queue)
+        self._stale = False
         self._level(self._short_ready, True)
 
     def _decide(self, draft: Draft, now: float) -> Step:
@@ -292,11 +261,12 @@ class Scheduler:
         step = draft.step()
         for entry in draft.passed:
             entry.passed_steps += 1
+            self._ledger.waiting.passed(entry)
         for entry, _ in step.parts:
             self._served += 1
+            self._ledger.start(entry)
             entry.last_served, entry.passed_steps = self._served, 0
             entry.waits_since, entry.begun = now, step.long
-            self._ledger.start(entry)
         if step.long:
-            self._begun.begin(step)
+            self._long.begin(step)
         return step

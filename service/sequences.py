@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.contract import Choice, Prompt, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
+from models.contract import Choice, Meter, Prompt, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
 from models.errors import NonFiniteOutput, all_finite
+from service.measured import Effort
 from service.sampling import Sampled, Sampler, SamplingParams
 from service.schedule import Entry
 from service.text_stream import Detokeniser, StopFinder
@@ -47,6 +48,13 @@ class Sequence(ABC):
         """Only prompts of the same salt share cached beginnings."""
         self.cached_tokens = 0
         """Tokens of the prompt that the cache held and nobody had to read again."""
+        self.prefill_meter: Meter | None = None
+        """Measures how wrong its attention is over the prompt; None where nobody wants to know, or where
+        another sequence reads the prompt."""
+        self.decode_meter: Meter | None = None
+        """The same of the tokens that it generates."""
+        self.effort = Effort()
+        """What its meters are expected to take."""
         self.estimated_bytes = 0
         self.exact_bytes = 0
         self.output_bytes = 0
@@ -84,7 +92,8 @@ class Sequence(ABC):
     def next_slice(self, state: SequenceState, tokens: int) -> Slice:
         """The next ``tokens`` of the prompt."""
         ids = self.token_ids[state.length : state.length + tokens]
-        return Slice(state, ids, self.choice, self.want(state.length, tokens), total=len(self.token_ids))
+        want, total = self.want(state.length, tokens), len(self.token_ids)
+        return Slice(state, ids, self.choice, want, total, meter=self.prefill_meter)
 
     @abstractmethod
     def want(self, start: int, tokens: int) -> Want:
@@ -170,7 +179,8 @@ class ScoreSequence(Sequence):
         start, end = state.length, state.length + tokens
         targets = self.token_ids[start + 1 : end + 1]
         total = len(self.token_ids)
-        return Slice(state, self.token_ids[start:end], self.choice, "scores", total=total, targets=targets)
+        ids, meter = self.token_ids[start:end], self.prefill_meter
+        return Slice(state, ids, self.choice, "scores", total, targets, meter)
 
     def want(self, start: int, tokens: int) -> Want:
         return "scores"
@@ -237,7 +247,8 @@ class GenerateSequence(Sequence):
         if not self.tokens:
             return super().next_slice(state, tokens)
         last = [self.tokens[-1].token_id]
-        return Slice(state, last, self.decode_choice, "logits", total=len(self.token_ids))
+        total, meter = len(self.token_ids), self.decode_meter
+        return Slice(state, last, self.decode_choice, "logits", total, meter=meter)
 
     def want(self, start: int, tokens: int) -> Want:
         return "logits" if start + tokens >= len(self.token_ids) else "nothing"

@@ -113,6 +113,14 @@ class Settings(BaseSettings):
     timeout_s: float = Field(600, gt=0, le=86_400, description="deadline of a request that names none")
     keep_alive_s: float = Field(15, gt=0, le=3600, description="pause after which a stream sends a comment")
 
+    verify_fraction: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description="share of the requests with an approximate attention whose error is measured though they "
+        "do not ask for it",
+    )
+
     api_key: SecretStr | None = Field(None, description="key that every route but the public ones demands")
     metrics_public: bool = Field(True, description="serve /metrics without the API key")
     cors_origins: Names = Field((), description="origins that browsers may call from; off by default")

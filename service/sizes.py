@@ -9,21 +9,31 @@ from models.contract import Choice, ServedModel
 from service.errors import ApiError
 from service.estimate import Plan, bytes_of
 from service.jobs import Job, groups_of
+from service.measured import Effort
 from service.sequences import GenerateSequence, Sequence
 
 MAX_SUGGESTED = 3
 
 
-def sequence_bytes(model: ServedModel, sequence: Sequence, choices: Items[Choice], chunk_tokens: int) -> int:
+def sequence_bytes(
+    model: ServedModel,
+    sequence: Sequence,
+    choices: Items[Choice],
+    chunk_tokens: int,
+    *,
+    measured: bool = True,
+) -> int:
     """Bytes that a sequence may hold, what is kept of it for the answer included, under the dearest of
-    ``choices``. One that follows a leader reads no prompt: its largest step is one token."""
+    ``choices``; with what measuring their error takes, where that is wanted. One that follows a leader reads
+    no prompt: its largest step is one token."""
     tokens = len(sequence.token_ids)
     new_tokens = sequence.capacity - tokens
 
     def under(choice: Choice) -> int:
         if _follows(sequence):
             return model.estimate_bytes(tokens, new_tokens, choice, 1)
-        return bytes_of(model, Plan(choice, choice, tokens, new_tokens, chunk_tokens))
+        effort = sequence.effort if measured else Effort()
+        return bytes_of(model, Plan(choice, choice, tokens, new_tokens, chunk_tokens, effort))
 
     return sequence.output_bytes + max(under(choice) for choice in choices)
 

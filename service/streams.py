@@ -72,6 +72,7 @@ async def stream_job(flow: Flow, job: Job, events: EventFormat, finish: Callable
                 told = KEEPALIVE_COMMENT if token is None else events.token(token)
                 if told:
                     yield told
+            await flow.measure(job)
             finish()
             yield events.done()
         except ApiError as error:

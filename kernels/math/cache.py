@@ -20,38 +20,53 @@ class Sized(Protocol):
 
 T = TypeVar("T", bound=Sized)
 _ENTRY_BYTES = 512
+_MISSES_REMEMBERED = 2048
 
 
 class BoundedCache:
     """Least recently used entries leave when the sum of their ``nbytes`` passes ``max_bytes``.
 
-    An entry larger than the whole cache is built and handed out, but not kept.
+    An entry larger than the whole cache is built and handed out, but not kept. What may well be asked for
+    only once is kept ``from_second_use``: where the same key was missing before, not too long ago.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held_bytes = 0
         self._entries: OrderedDict[Hashable, tuple[Sized, int]] = OrderedDict()
+        self._missed: OrderedDict[int, None] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+    def get(self, key: Hashable, build: Callable[[], T], *, from_second_use: bool = False) -> T:
         """The entry of that key, built where it is missing. Two threads may build the same one; one stays."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
                 return cast(T, found[0])
+            keep = not from_second_use or self._was_missed(hash(key))
         value = build()
-        self._keep(key, value, value.nbytes + _ENTRY_BYTES)
+        if keep:
+            self._keep(key, value, value.nbytes + _ENTRY_BYTES)
         return value
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._missed.clear()
             self.held_bytes = 0
+
+    def _was_missed(self, key: int) -> bool:
+        """Was it missing before? It is remembered that it is now: of what comes once, a number stays."""
+        before = key in self._missed
+        self._missed[key] = None
+        self._missed.move_to_end(key)
+        if len(self._missed) > _MISSES_REMEMBERED:
+            self._missed.popitem(last=False)
+        return before
 
     def _keep(self, key: Hashable, value: Sized, size: int) -> None:
         with self._lock:
@@ -68,5 +83,6 @@ PLANS = BoundedCache(64 << 20)
 """Which panels each query tile reads, per pattern, place and length."""
 MASKS = BoundedCache(128 << 20)
 """Masks of panel edges by their shape alone: most tiles of a pattern share a few."""
-DRAWS = BoundedCache(256 << 20)
-"""Random keys per (seed, layer, rows)."""
+DRAWS = BoundedCache(128 << 20)
+"""Random keys per (seed, layer, rows), random projections per (seed, layer)."""
+CACHES = {"plans": PLANS, "masks": MASKS, "draws": DRAWS}

@@ -1,7 +1,7 @@
 """The random part of a pattern, added to rows that may hold another part: random and bigbird.
 
 Semantics in ``random_keys``. Pairs that the other part (``base``, spans) has are left out, so each counts
-once. Draws are made in tiles at absolute rows and cached; one row (decode) draws its own and gathers.
+once. Draws are made in tiles at absolute rows, which are cached; one row (decode) draws its own and gathers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from kernels.math.random_keys import RandomParams, block_draws, row_draws
 from kernels.math.spans import Span, SpanPattern
 
 EDGE_ROWS = 8192
+TILE_ROWS = 64
+"""Rows of a causal tile: what they draw depends on nothing but where they are, so every length shares it."""
 DRAWS_AT_ONCE = 1 << 15
 
 
@@ -98,7 +100,7 @@ def _add_edges(acc: Accumulator, num_random: int, base: SpanPattern | None) -> N
         for b in range(B)
     ]
     for rows in _edge_rows(call.start, acc.q.shape[-2]):
-        tile = _cached_tile(acc, rows, num_random, base)
+        tile = _edges_of(acc, rows, num_random, base)
         kept, computed = kept + B * tile.kept, computed + B * tile.edges.numel()
         for b in range(B):
             for h in range(tile.edges.shape[0]):
@@ -108,20 +110,43 @@ def _add_edges(acc: Accumulator, num_random: int, base: SpanPattern | None) -> N
     acc.complete(kept, computed)
 
 
-def _cached_tile(acc: Accumulator, rows: slice, num_random: int, base: SpanPattern | None) -> EdgeTile:
+def _edges_of(acc: Accumulator, rows: slice, num_random: int, base: SpanPattern | None) -> EdgeTile:
+    """The edges of these rows of the call: of a causal one cut from tiles at absolute rows, of another drawn
+    for its number of keys."""
     began = perf_counter()
+    first, stop = acc.call.start + rows.start, acc.call.start + rows.stop
+    if acc.call.causal:
+        begins = range(first // TILE_ROWS * TILE_ROWS, stop, TILE_ROWS)
+        tiles = [_cached_tile(acc, a, a + TILE_ROWS, a + TILE_ROWS, num_random, base) for a in begins]
+        tile = _joined(tiles, slice(first - begins[0], stop - begins[0]))
+    else:
+        tile = _cached_tile(acc, first, stop, acc.k.shape[2], num_random, base)
+    acc.selection_s += perf_counter() - began
+    return tile
+
+
+def _cached_tile(
+    acc: Accumulator, first: int, stop: int, num_keys: int, num_random: int, base: SpanPattern | None
+) -> EdgeTile:
+    """Kept from its second use: a seed or a length that never comes again leaves no tile behind."""
     call, num_heads, device = acc.call, acc.q.shape[1] * acc.q.shape[2], acc.q.device
-    first, stop = call.start + rows.start, call.start + rows.stop
-    num_keys = stop if call.causal else acc.k.shape[2]
     key = ("edges", call.seed, call.layer, call.causal, num_heads, first, stop, num_keys, num_random)
-    tile = DRAWS.get(
+    return DRAWS.get(
         (*key, base and base.key, device),
         lambda: edge_tile(
             call, num_heads, torch.arange(first, stop, device=device), num_keys, num_random, base
         ),
+        from_second_use=True,
     )
-    acc.selection_s += perf_counter() - began
-    return tile
+
+
+def _joined(tiles: Sequence[EdgeTile], rows: slice) -> EdgeTile:
+    """Some rows of tiles that follow each other."""
+    edges, drop = (
+        tensors[0][:, rows] if len(tensors) == 1 else torch.cat(tensors, 1)[:, rows]
+        for tensors in ([tile.edges for tile in tiles], [tile.drop for tile in tiles])
+    )
+    return EdgeTile(edges, drop, drop.numel() - int(drop.sum()))
 
 
 def _edge_rows(start: int, num_rows: int) -> Iterator[slice]:
@@ -247,7 +272,7 @@ def _cached_plan(acc: Accumulator, params: RandomParams, base: SpanPattern) -> B
     num_keys = call.start + num_rows if call.causal else acc.k.shape[2]
     where = (call.seed, call.layer, call.causal, acc.k.shape[1], call.start, num_rows, num_keys)
     key = ("blocks", *where, params.num_random, params.block_size, base.key, acc.q.dtype, acc.q.device)
-    return DRAWS.get(key, lambda: block_plan(acc, params, base, num_keys))
+    return DRAWS.get(key, lambda: block_plan(acc, params, base, num_keys), from_second_use=True)
 
 
 def _add_partial(acc: Accumulator, b: int, blocks: PartialBlocks) -> None:

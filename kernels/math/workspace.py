@@ -16,7 +16,7 @@ from kernels.math.block_sparse import PANEL_BYTES, VIEW_ROWS
 from kernels.math.cache import DRAWS, MASKS
 from kernels.math.dense import KEY_CHUNK
 from kernels.math.per_layer import Forms, largest
-from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS
+from kernels.math.random_part import DRAWS_AT_ONCE, EDGE_ROWS, TILE_ROWS
 from kernels.math.spans import (
     _GROUPED_ROWS,
     _JOINED_ROWS,
@@ -223,8 +223,8 @@ def _widened_keys(shape: CallShape, width: int) -> int:
 
 
 def _edges(shape: CallShape, num_random: int) -> Workspace:
-    """Drawn keys of every head are kept, up to the cache's limit; a tile that is too large for it lives as
-    long as it is used, and so does one that is being built while the cache is full."""
+    """Drawn keys of every head are kept, up to the cache's limit. A tile that is too large for it lives as
+    long as it is used; so do one that is built while the cache is full, and what was joined from several."""
     per_row = num_random + 1
     tile_rows = min(shape.num_rows, EDGE_ROWS)
     tile = tile_rows * shape.num_heads * per_row * _EDGE_LIST
@@ -237,8 +237,8 @@ def _edges(shape: CallShape, num_random: int) -> Workspace:
     copied = 0
     if not shape.causal or shape.itemsize < _FP32:  # keys of a packed stream are not dense head by head
         copied = shape.num_keys * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * _FP32
-    kept = drawn if tile <= DRAWS.max_bytes else 0
-    beside = tile if tile > DRAWS.max_bytes or drawn > tile else 0
+    kept = drawn if shape.causal or tile <= DRAWS.max_bytes else 0
+    beside = tile if tile > kept or drawn > tile or (shape.causal and tile_rows > TILE_ROWS) else 0
     return Workspace(_accumulator(shape) + max(scores, drawing) + copied + beside, kept)
 
 

@@ -12,10 +12,12 @@ from starlette.responses import Response
 from models.contract import ServedModel, Task
 from service.answers import Attended
 from service.attention import Chosen, exact_choice, parse_list
+from service.cost import Basis
 from service.estimate import Plan, bytes_of, cached_tokens_of, predict
 from service.flow import Flow
 from service.generation import attended_pair, check_new_tokens
 from service.inputs import Reading, Tokens
+from service.meters import effort_of
 from service.problems import documented
 from service.routes.common import ADMISSION_ERRORS, QUEUE_ERRORS
 from service.runtime import Runtime
@@ -52,8 +54,13 @@ class Estimate(BaseModel):
         description="long where reading the prompt is predicted to take more than short_ms"
     )
     calibrated: bool = Field(
-        description="whether the rates of this attention on this model were measured; else those of others "
-        "stand in"
+        description="whether the rates of this attention on this model were measured: basis is measured"
+    )
+    basis: Basis = Field(
+        description="what the milliseconds rest on. measured: this attention was timed on this model, at "
+        "start (exact alone, for a quick start) or by requests since. predicted: its operations are counted, "
+        "and the model's linear layers and exact attention were timed; the rate of exact, raised by half, "
+        "stands in for its own. assumed: nothing was timed on this model yet"
     )
 
 
@@ -123,7 +130,8 @@ def estimated(
 
     def plan(prefill: Chosen, decode: Chosen) -> Plan:
         tokens = len(prompt.token_ids)
-        return Plan(prefill.choice, decode.choice, tokens, body.max_new_tokens, chunk_tokens)
+        effort = effort_of(model, prefill, decode, tokens)
+        return Plan(prefill.choice, decode.choice, tokens, body.max_new_tokens, chunk_tokens, effort)
 
     asked = plan(attended.prefill, attended.decode)
     exact = Chosen("exact", exact_choice())
@@ -140,7 +148,8 @@ def estimated(
         total_ms=round(found.prefill_ms + found.decode_ms, 3),
         cached_tokens=cached,
         lane="long" if found.prompt_ms > runtime.settings.short_ms else "short",
-        calibrated=found.calibrated,
+        calibrated=found.basis == "measured",
+        basis=found.basis,
     )
 
 

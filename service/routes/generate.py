@@ -104,6 +104,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     job = flow.job("gen_", model, sequences, attended, asked)
     made = _Made(flow, job, sequences, prompt)
     count_truncation(flow, [prompt])
+    await flow.prepare(job)
 
     def finish() -> None:
         generated = sum(len(sequence.tokens) for sequence in sequences)

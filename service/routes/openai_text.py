@@ -114,6 +114,7 @@ async def _answer(
     stream = bool(body.stream)
     asked = Asked(body.timeout_ms, body.priority or 0, stream)
     job = flow.job(shape.prefix, model, sequences, attended, asked)
+    await flow.prepare(job)
     used = sum(len(prompt.token_ids) for prompt in prompts)
 
     def finish() -> None:

@@ -72,7 +72,8 @@ def test_drawn_keys_are_predicted_as_they_are_kept(
     shape = replace(SHAPE, causal=causal, num_rows=rows)
     predicted = load(backend).workspace(parse_params(backend, params), shape).kept_bytes
     q, k, v = make_inputs(1, (4, 2), rows, 2048, 16)
-    attend(q, k, v, backend=backend, params=params, causal=causal, scale=0.25)
+    for _ in range(2):  # draws are kept from their second use
+        attend(q, k, v, backend=backend, params=params, causal=causal, scale=0.25)
     assert 0.6 * DRAWS.held_bytes < predicted + 10_000 and predicted < 1.6 * DRAWS.held_bytes + 50_000
 
 

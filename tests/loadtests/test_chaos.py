@@ -7,16 +7,20 @@ import json
 import random
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loadtests import chaos
-from loadtests.chaos_checks import checks
+from loadtests.chaos_checks import Reading, checks, memory_table
 from loadtests.chaos_client import ChaosClient, Leave, Outcome
 from loadtests.chaos_requests import Request, World, bad, valid
-from loadtests.metrics import Samples, parse, sum_of
+from loadtests.metrics import parse, sum_of
+from loadtests.own_server import OwnServer
+from loadtests.server import ServerProblem
 from tests.loadtests.raw_server import raw_server
 from tests.service.conftest import serving
 from tests.service.fake_model import decoder, encoder
@@ -33,10 +37,13 @@ def test_a_server_answers_hundreds_of_requests_of_every_kind_and_ends_clean(
     monkeypatch.chdir(Path(__file__).parents[2])
     file = tmp_path / "chaos.json"
     arguments = ["--serve", "--command", FAKE, "--requests", "300", "--bursts", "1", "--burst", "40"]
+    arguments += ["--quiet", "0"]
     status = chaos.main([*arguments, "--json", str(file), "--server-log", str(tmp_path / "log")])
     told = json.loads(file.read_text())
     assert status == 0, (capsys.readouterr().out, (tmp_path / "log").read_text()[-3000:])
     assert told["requests"] == 300 and all(check["passed"] for check in told["checks"].values())
+    assert [row["after requests"] for row in told["memory"]] == ["70", "205", "300"]
+    assert all(value.isdigit() for row in told["memory"] for value in row.values())
     assert len(told["kinds"]) >= 7 and told["codes"]["429 queue_full"] > 0
 
 
@@ -44,7 +51,7 @@ def test_a_server_that_fails_on_some_requests_does_not_pass(tmp_path: Path) -> N
     file = tmp_path / "chaos.json"
     with serving(encoder(), decoder(poison=ord("e"))) as served:
         arguments = ["--host", served.url, "--requests", "60", "--bursts", "0", "--burst", "0"]
-        assert chaos.main([*arguments, "--max-growth", "9", "--json", str(file)]) == 1
+        assert chaos.main([*arguments, "--max-growth", "9", "--quiet", "0", "--json", str(file)]) == 1
     told = json.loads(file.read_text())
     assert any("500 internal_error" in problem for problem in told["problems"])
     assert not told["checks"]["answers with 500"]["passed"]
@@ -139,14 +146,16 @@ longreach_running_requests{model="dec"} 0.0
 longreach_memory_reserved_bytes{device="cpu"} 0.0
 longreach_kv_cache_bytes{model="dec",state="held"} 0.0
 longreach_kv_cache_bytes{model="dec",state="cached"} 5e+06
+longreach_kernel_cache_bytes{cache="draws"} 3e+06
 longreach_requests_total{model="dec",code="500"} 0.0
 longreach_requests_total{model="dec",code="200"} 7.0
 longreach_process_resident_memory_bytes 1e+08
 """
 
 
-def failed(before: Samples, after: Samples) -> list[str]:
-    return [check.name for check in checks(before, after, 0.05) if not check.passed]
+def failed(*texts: str) -> list[str]:
+    readings = [Reading(100 * number, parse(text)) for number, text in enumerate(texts)]
+    return [check.name for check in checks(readings, 0.05) if not check.passed]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,55 @@ def failed(before: Samples, after: Samples) -> list[str]:
     ],
 )
 def test_what_stays_behind_fails_the_run(old: str, new: str, names: list[str]) -> None:
-    assert failed(parse(METRICS), parse(METRICS.replace(old, new))) == names
+    assert failed(METRICS, METRICS.replace(old, new)) == names
+
+
+def test_growth_counts_from_the_second_reading_and_is_told_from_the_first_too() -> None:
+    small, large = (
+        METRICS.replace("memory_bytes 1e+08", f"memory_bytes {size}") for size in ("9e+07", "1.06e+08")
+    )
+    assert failed(small, METRICS, METRICS) == []
+    assert failed(small, METRICS, large) == ["resident memory"]
+    assert failed(small, METRICS.replace("process_resident", "other"), METRICS) == ["resident memory"]
+    readings = [Reading(number, parse(text)) for number, text in ((5, small), (20, METRICS), (90, METRICS))]
+    assert checks(readings, 0.05)[-1].told == "+0.0% since request 20, +11.1% since request 5"
+
+
+def test_memory_is_told_reading_by_reading_with_what_is_kept_on_purpose() -> None:
+    more = METRICS.replace("memory_bytes 1e+08", "memory_bytes 1.2e+08")
+    table = memory_table([Reading(10, parse(METRICS)), Reading(90, parse(more))])
+    kept = ["5", "3", "not told", "not told"]
+    assert table[0] == [
+        "after requests",
+        "resident MB",
+        "cached pages MB",
+        "draws MB",
+        "plans MB",
+        "masks MB",
+    ]
+    assert table[1:] == [["10", "100", *kept], ["90", "120", *kept]]
+
+
+def test_the_tiny_networks_need_a_server_of_the_scripts_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        chaos.main(["--tiny"])
+    assert "--serve" in capsys.readouterr().err
+
+
+def test_with_tiny_the_server_serves_the_random_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[list[str]] = []
+
+    @contextmanager
+    def started(command: str, wait_s: float, log: Path | None) -> Iterator[OwnServer]:
+        served.append(shlex.split(command))
+        assert all((Path(flag.split("=")[1]) / "config.json").is_file() for flag in served[0][-3::2])
+        raise ServerProblem("no server in this test")
+        yield
+
+    monkeypatch.setattr(chaos, "own_server", started)
+    assert chaos.main(["--serve", "--tiny", "--command", "serve --port 1"]) == 1
+    assert served[0][:4] == ["serve", "--port", "1", "--model"]
+    assert [flag.split("=")[0] for flag in served[0][-3::2]] == ["tiny-decoder", "tiny-encoder"]
 
 
 def test_sums_are_over_the_series_that_carry_the_labels() -> None:

@@ -50,8 +50,15 @@ class KeptEvents(Channel):
     def __init__(self) -> None:
         self.events: list[Event] = []
 
-    def put(self, events: Sequence[Event]) -> None:
+    def put_here(self, events: Sequence[Event]) -> None:
         self.events.extend(events)
+
+    @property
+    def loop(self) -> Any:
+        return self
+
+    def call_soon_threadsafe(self, told: Callable[[], None]) -> None:
+        told()
 
 
 class Bench:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,10 +31,12 @@ from models.contract import (
     Slice,
     SliceResult,
     StepResult,
+    Verify,
     Want,
     Work,
 )
 from models.errors import NonFiniteOutput
+from tests.service.fake_meter import FakeMeter
 from tests.service.fake_pages import START, FakePages, mix, numbers
 from tests.service.fake_tokenizer import BOS, CLS, EOS, NUM_BYTES, SEP, VOCAB, ByteTokenizer
 
@@ -126,6 +128,13 @@ def _state(part: Slice) -> FakeState:
     return part.sequence
 
 
+def _row_logits(part: Slice, digests: Sequence[int]) -> Tensor | None:
+    """The logits that ``scores`` is made of, of the rows asked for."""
+    if not part.logit_rows:
+        return None
+    return torch.stack([numbers(digests[row], VOCAB) for row in part.logit_rows])
+
+
 @dataclass
 class FakeModel:
     """Hooks: ``on_step`` sees every step (and may sleep, block or raise); ``on_piece`` every piece of a long
@@ -155,6 +164,8 @@ class FakeModel:
     closed: bool = False
     pages: FakePages = field(default_factory=FakePages)
     max_cached_bytes: int = 0
+    meters: list[FakeMeter] = field(default_factory=list)
+    """Every one that was made."""
 
     def check(self, fine: bool, otherwise: str) -> None:
         if not fine:
@@ -204,6 +215,15 @@ class FakeModel:
     def remember(self, prompt: Prompt) -> None:
         """As if a sequence had read it."""
         self.pages.read(prompt.salt, START, 0, prompt.token_ids, prompt.choice)
+
+    def meter(self, verify: Verify, choice: Choice, total: int, *, decode: bool = False) -> FakeMeter:
+        applied = self.info.applied_layers
+        layers = applied if verify.layers is None else tuple(sorted(set(verify.layers)))
+        unknown = sorted(set(layers) - set(applied))
+        if unknown or not layers:
+            raise ValueError(f"layers: {unknown} are not among the layers {list(applied)}")
+        self.meters.append(FakeMeter(self, verify, choice, total, decode, layers))
+        return self.meters[-1]
 
     def limit_cached(self, max_bytes: int) -> None:
         self.max_cached_bytes = max_bytes
@@ -269,7 +289,7 @@ class FakeModel:
     def _advance(self, part: Slice) -> SliceResult:
         result = self._read(part)
         if self.nan in part.token_ids:
-            for values in (result.logits, result.scores, result.hidden):
+            for values in (result.logits, result.scores, result.hidden, result.row_logits):
                 if values is not None:
                     values.fill_(float("nan"))
         return result
@@ -283,8 +303,14 @@ class FakeModel:
             assert state.length == 0 and len(part.token_ids) == part.total, "an encoder input was chunked"
         salt = state.salt if part.choice == state.choice else None
         digests = self.pages.read(salt, state.digest, state.length, part.token_ids, part.choice)
+        if part.meter is not None:
+            assert isinstance(part.meter, FakeMeter) and part.meter.model is self
+            part.meter.add(part, state.length)
         state.digest = digests[-1]
         state.length += len(digests)
+        return replace(self._wanted(part, state, digests), row_logits=_row_logits(part, digests))
+
+    def _wanted(self, part: Slice, state: FakeState, digests: Sequence[int]) -> SliceResult:
         work = self._work(part, state.length)
         if part.want == "hidden":
             # A bidirectional row sees the whole input.
@@ -382,7 +408,7 @@ def decoder(name: str = "dec", **changes: object) -> FakeModel:
 
 
 def _changed(model: FakeModel, changes: dict[str, object]) -> FakeModel:
-    from dataclasses import fields, replace
+    from dataclasses import fields
 
     of_info = {name: value for name, value in changes.items() if name in {f.name for f in fields(ModelInfo)}}
     model.info = replace(model.info, **of_info)  # type: ignore[arg-type]

@@ -321,6 +321,20 @@ def test_every_response_carries_the_common_headers(client: TestClient) -> None:
     assert answer.headers["x-compute-tokens"] == "3"
 
 
+def test_cached_tokens_are_not_counted_as_computed() -> None:
+    body = {"prompt": "x" * 299, "max_new_tokens": 2}
+    model = decoder()
+    model.limit_cached(1 << 30)
+    with in_process(model) as client:
+        model.limit_cached(1 << 30)
+        first, second = (client.post("/v1/generate", json=body) for _ in range(2))
+    usage = [answer.json()["usage"] for answer in (first, second)]
+    assert usage[0]["cached_tokens"] == 0 and usage[1]["cached_tokens"] > 0
+    for answer, used in zip((first, second), usage, strict=True):
+        computed = used["prompt_tokens"] - used["cached_tokens"] + used["completion_tokens"]
+        assert answer.headers["x-compute-tokens"] == str(computed)
+
+
 def test_a_harmless_request_id_is_echoed_and_a_harmful_one_replaced(client: TestClient) -> None:
     assert client.get("/livez", headers={"x-request-id": "a.B-1:2_3"}).headers["x-request-id"] == "a.B-1:2_3"
     for bad in (b"x" * 129, b"a b", b"\xfc", b""):

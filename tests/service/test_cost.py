@@ -105,6 +105,8 @@ def test_a_few_steps_of_warm_up_are_enough_for_a_first_idea(seed: int) -> None:
         costs.observe("m", *Truth(noise=0.05).run([("exact", shape)], rng))
     assert costs.calibrated("m", "exact") and costs.calibrated("m")
     assert not costs.calibrated("m", "window") and not costs.calibrated("other", "exact")
+    assert costs.basis("m", "exact") == "measured" and costs.basis("other", "exact") == "assumed"
+    assert costs.basis("m", "exact", "window") == "predicted" == costs.basis("m", "window")
     for shape in (flops(1, 500), flops(128), flops(512, 4096)):
         predicted = costs.fixed_ms("m") + costs.price("m", "exact", shape)
         assert predicted == pytest.approx(Truth().true_ms([("exact", shape)]), rel=0.3)

@@ -66,9 +66,9 @@ def check(answer: Any, status: int, code: str, param: str | None = None) -> dict
         ),
         (
             "/v1/encode",
-            {"input": "a", "attention": {"backend": "window", "verify": {"rows": 64}}},
-            "attention_not_supported",
-            "attention.verify",
+            {"input": "a", "attention": {"backend": "window", "verify": {"rows": 15}}},
+            "invalid_attention_params",
+            "attention.verify.rows",
         ),
         (
             "/v1/encode",

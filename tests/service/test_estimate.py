@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,8 @@ def test_an_estimate_is_told_for_each_attention_in_the_order_asked() -> None:
     for each in told["data"]:
         assert each["total_ms"] == pytest.approx(each["prefill_ms"] + each["decode_ms"], abs=2e-3)
         assert each["prefill_ms"] > 0 and each["decode_ms"] > 0 and each["fits"] is True
-        assert each["exact_bytes"] == 320_000 and each["lane"] == "short" and each["calibrated"] is False
+        assert each["exact_bytes"] == 320_000 and each["lane"] == "short"
+        assert each["calibrated"] is False and each["basis"] == "assumed", "nothing was warmed up"
     assert told["data"][0]["estimated_bytes"] == 320_000 + 300 * 50
     assert told["limits"]["memory_limit_bytes"] == 1 << 40 and told["limits"]["max_queue_ms"] == 600_000
 
@@ -201,12 +203,15 @@ def test_milliseconds_are_those_of_the_cost_model_step_by_step() -> None:
     assert found.prefill_ms == pytest.approx(by_hand)
     decoded = [SliceRun("exact", model.flops(1, 700 + i, choice, "logits")) for i in range(4)]
     assert found.decode_ms == pytest.approx(sum(costs.step_ms("dec", [run]) for run in decoded))
-    assert not found.calibrated
+    assert found.basis == "assumed"
     for _ in range(50):
         run = SliceRun("exact", Flops(1e9, 1e8), attention_ms=3.0)
         costs.observe("dec", [run, run], 0.1)
         costs.observe("dec", [run], 0.05)
-    assert predict(model, costs, plan, 0).calibrated
+    assert predict(model, costs, plan, 0).basis == "measured"
+    window = Choice("window", load("window").params())
+    for pair in ((window, choice), (choice, window)):
+        assert predict(model, costs, replace(plan, prefill=pair[0], decode=pair[1]), 0).basis == "predicted"
 
 
 def test_an_estimate_demands_what_other_routes_demand() -> None:

@@ -38,6 +38,7 @@ NAMES: dict[str, tuple[str, set[str]]] = {
     "engine_heartbeat_age_seconds": ("gauge", set()),
     "queue_ms": ("gauge", set()),
     "kv_cache_bytes": ("gauge", {"model", "state"}),
+    "kernel_cache_bytes": ("gauge", {"cache"}),
     "prefix_cache_looked_up_tokens_total": ("counter", {"model"}),
     "prefix_cache_found_tokens_total": ("counter", {"model"}),
     "prefix_cache_evicted_pages_total": ("counter", {"model"}),
@@ -50,6 +51,10 @@ NAMES: dict[str, tuple[str, set[str]]] = {
     "truncated_tokens_total": ("counter", {"model"}),
     "attention_density_ratio": ("histogram", {"model", "attention"}),
     "attention_fallback_total": ("counter", {"requested", "used", "reason"}),
+    "measured_error": ("histogram", {"model", "attention", "phase"}),
+    "measured_row_bound": ("histogram", {"model", "attention", "phase"}),
+    "verified_requests_total": ("counter", {"model", "attention", "cause"}),
+    "verified_rows_total": ("counter", {"model", "attention", "phase"}),
     "memory_reserved_bytes": ("gauge", {"device"}),
     "memory_limit_bytes": ("gauge", {"device"}),
     "memory_estimate_ratio": ("histogram", {"model", "attention"}),
@@ -102,6 +107,8 @@ def test_ordinary_traffic_creates_no_series_that_was_not_there_before() -> None:
             client.post("/v1/generate", json={"prompt": "a" * 900, "max_new_tokens": 5, "attention": backend})
             client.post("/v1/completions", json={"model": "dec", "prompt": "a", "attention": backend})
             client.post("/v1/score", json={"input": "abc", "attention": backend})
+            verified = {"backend": backend, "verify": {"rows": "all"}}
+            client.post("/v1/generate", json={"prompt": "a" * 90, "attention": verified})
         client.post(
             "/v1/chat/completions", json={"model": "dec", "messages": [{"role": "user", "content": "a"}]}
         )

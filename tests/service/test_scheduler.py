@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from service.begun import CLEARLY_HIGHER
 from service.drain_rate import DrainRate
 from service.scheduler import (
     AGE_S,
@@ -82,7 +83,7 @@ def planned(scheduler: Scheduler, now: float = 0.0, seconds: float = 1.0) -> Par
 def admitted(bounds: Limits, *entries: Entry) -> Scheduler:
     scheduler = Scheduler(bounds)
     for one in entries:
-        scheduler.admit([one], one.arrived)
+        scheduler.admit([one])
     return scheduler
 
 
@@ -563,7 +564,7 @@ def test_the_drain_rate_stays_while_a_long_step_is_left_and_gone_on_with() -> No
         now = 2.0 * i
         scheduler.resumed(step, now)
         assert not scheduler.should_pause(step, now + 1.0)
-        scheduler.admit([entry(f"s{i}", 100, price=per_token(1.0), chunkable=False)], now + 1.0)
+        scheduler.admit([entry(f"s{i}", 100, price=per_token(1.0), chunkable=False)])
         scheduler.ran(step, 1.9)
         assert planned(scheduler, now + 1.9, 0.1) == [(f"s{i}", 100)]
         assert scheduler.plan(now + 2.0) is step
@@ -696,9 +697,7 @@ def test_a_decoding_entry_of_a_failed_step_runs_alone_and_one_that_fails_alone_i
 
 
 def test_a_failed_long_step_is_over_and_its_entries_run_alone_in_long_steps() -> None:
-    scheduler = admitted(limits(), long_entry("a", 3000, read=2700), long_entry("b"))
-    for part in scheduler._ledger.waiting.values():
-        part.lane = "long"
+    scheduler = admitted(limits(short_ms=200.0), long_entry("a", 3000, read=2700), long_entry("b"))
     step = long_step(scheduler)
     assert shown(step) == [("a", 300), ("b", 128)] and scheduler.begun == (step,)
     scheduler.failed(step, 1.0)
@@ -725,7 +724,7 @@ def test_a_short_arrival_pauses_long_work_and_is_in_the_next_step() -> None:
         scheduler = admitted(limits(), long_entry("a"))
         step = long_step(scheduler)
         assert not any(scheduler.should_pause(step, t / 100) for t in range(1000))
-        scheduler.admit([entry("s", 100, model=other_model)], 10.0)
+        scheduler.admit([entry("s", 100, model=other_model)])
         assert scheduler.should_pause(step, 10.01)
         scheduler.ran(step, 10.01)
         assert planned(scheduler, 10.02, 0.1) == [("s", 100)]
@@ -735,9 +734,9 @@ def test_a_short_arrival_pauses_long_work_and_is_in_the_next_step() -> None:
 def test_short_work_that_cannot_start_does_not_pause_a_long_step() -> None:
     scheduler = admitted(limits(memory_bytes=10, max_running=1), long_entry("a", bytes=6))
     step = long_step(scheduler)
-    scheduler.admit([entry("memory", 5, bytes=5, chunkable=False), entry("place", 5)], 1.0)
+    scheduler.admit([entry("memory", 5, bytes=5, chunkable=False), entry("place", 5)])
     assert not scheduler.should_pause(step, 2.0)
-    scheduler.admit([entry("fits", 5, bytes=4, chunkable=False)], 3.0)
+    scheduler.admit([entry("fits", 5, bytes=4, chunkable=False)])
     assert scheduler.should_pause(step, 4.0)
 
 
@@ -754,8 +753,8 @@ def test_a_long_step_that_nobody_wants_is_left_and_given_up() -> None:
 
 
 def test_a_long_step_goes_on_for_those_who_are_left() -> None:
-    scheduler = admitted(limits(), long_entry("a", 2100, read=2000, priority=1), long_entry("b"))
-    next(iter(scheduler._ledger.waiting.values())).lane = "long"
+    parts = long_entry("a", 2100, read=2000, priority=1), long_entry("b")
+    scheduler = admitted(limits(short_ms=50.0), *parts)
     step = long_step(scheduler)
     assert shown(step) == [("a", 100), ("b", 384)]
     scheduler.drop("a")
@@ -778,7 +777,7 @@ def test_a_much_shorter_document_is_read_before_a_begun_one_goes_on() -> None:
     below = long_step(scheduler)
     scheduler.resumed(below, 0.0)
     assert not scheduler.should_pause(below, 1.0)
-    scheduler.admit([long_entry("chapter", 3_000, chunkable=False)], 1.0)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False)])
     assert scheduler.should_pause(below, 1.1)
     scheduler.ran(below, 1.1)
     assert planned(scheduler, 1.1, seconds=3.0) == [("chapter", 3_000)]
@@ -789,12 +788,12 @@ def test_a_step_that_is_given_up_below_another_leaves_no_debt() -> None:
     below, above = long_entry("below", 60_000, chunkable=False), long_entry("above", 9_000, chunkable=False)
     scheduler = admitted(limits(), below)
     lower = long_step(scheduler)
-    scheduler.admit([above], 0.0)
+    scheduler.admit([above])
     upper = long_step(scheduler)
     scheduler.drop("below")
     scheduler.failed(lower, 0.0)
     scheduler.release(below)
-    scheduler.admit([long_entry("chapter", 3_000, chunkable=False)], 0.0)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False)])
     assert scheduler.begun == (upper,) and planned(scheduler) == [("chapter", 3_000)]
 
 
@@ -807,10 +806,11 @@ def test_short_requests_go_on_while_a_second_document_waits_for_the_first(needed
     )
     scheduler = admitted(limits(), first)
     step, now = long_step(scheduler), 0.0
-    scheduler.admit([second], now)
+    scheduler.admit([second])
     for i in range(3 * MAX_PASSED_STEPS):
         second.passed_steps = max(second.passed_steps, MAX_PASSED_STEPS if needed == 300 else 0)
-        scheduler.admit([entry(f"s{i}", 10, bytes=300, chunkable=False)], now)
+        scheduler._ledger.waiting.passed(second)
+        scheduler.admit([entry(f"s{i}", 10, bytes=300, chunkable=False)])
         assert scheduler.should_pause(step, now + 0.1)
         scheduler.ran(step, 0.1)
         assert planned(scheduler, now + 0.1, 0.01) == [(f"s{i}", 10)]
@@ -818,7 +818,7 @@ def test_short_requests_go_on_while_a_second_document_waits_for_the_first(needed
         now += 0.2
         scheduler.resumed(step, now)
     if needed == 600:
-        scheduler.admit([long_entry("third", 3_000, chunkable=False, bytes=100)], now)
+        scheduler.admit([long_entry("third", 3_000, chunkable=False, bytes=100)])
         assert scheduler.plan(now) is step, "no other document takes what is free, however short"
     run(scheduler, step, 0.1)
     assert planned(scheduler, now) == [("second", 60_000)]
@@ -856,10 +856,55 @@ def test_a_chapter_begins_on_top_only_of_what_may_wait(
     cannot be met anyway."""
     scheduler = admitted(limits(), long_entry("library", 60_000, chunkable=False, **library))
     below = long_step(scheduler)
-    scheduler.admit([long_entry("chapter", 3_000, chunkable=False, **chapter)], 0.0)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False, **chapter)])
     assert scheduler.should_pause(below, 0.1) is nested
     scheduler.ran(below, 0.1)
     assert (scheduler.plan(0.1) is below) is not nested
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "left"),
+    [(-10, 10, True), (0, CLEARLY_HIGHER, True), (0, CLEARLY_HIGHER - 1, False), (10, 10, False)],
+)
+def test_a_begun_document_is_left_for_one_of_clearly_higher_priority(low: int, high: int, left: bool) -> None:
+    scheduler = admitted(limits(), long_entry("low", 6_000, chunkable=False, priority=low, deadline=8.0))
+    below = long_step(scheduler)
+    scheduler.admit([long_entry("high", 9_000, chunkable=False, priority=high)])
+    assert scheduler.should_pause(below, 1.0) is left
+    scheduler.ran(below, 1.0)
+    expected = [("high", 9_000)] if left else [("low", 6_000)]
+    assert planned(scheduler, 1.0, 9.0) == expected
+    if left:
+        assert scheduler.plan(10.0) is below, "it goes on where it was left"
+
+
+def test_a_debt_to_what_has_begun_does_not_keep_a_clearly_higher_priority_waiting() -> None:
+    scheduler = admitted(limits(), long_entry("low", 60_000, chunkable=False, priority=-10))
+    below = long_step(scheduler)
+    scheduler.ran(below, 0.1)
+    scheduler.admit([long_entry("chapter", 3_000, chunkable=False, priority=-10)])
+    assert planned(scheduler, 0.1, seconds=3.0) == [("chapter", 3_000)]
+    assert scheduler.plan(3.1) is below
+    scheduler.resumed(below, 3.1)
+    scheduler.admit([long_entry("high", 90_000, chunkable=False, priority=10)])
+    assert scheduler.should_pause(below, 3.2)
+    scheduler.ran(below, 0.1)
+    assert planned(scheduler, 3.2) == [("high", 90_000)]
+
+
+def test_what_has_begun_ages_until_no_priority_goes_before_it() -> None:
+    scheduler = admitted(limits(), long_entry("low", 60_000, chunkable=False, priority=-10))
+    below, now, num_read = long_step(scheduler), 0.0, 0
+    while True:
+        scheduler.admit([long_entry(f"high {num_read}", 90_000, chunkable=False, priority=10, arrived=now)])
+        if not scheduler.should_pause(below, now):
+            break
+        scheduler.ran(below, 0.0)
+        assert planned(scheduler, now, 7.0) == [(f"high {num_read}", 90_000)]
+        now, num_read = now + 7.0, num_read + 1
+        assert scheduler.plan(now) is below
+        scheduler.resumed(below, now)
+    assert (20 - CLEARLY_HIGHER) * AGE_S < now <= (21 - CLEARLY_HIGHER) * AGE_S + 7.0
 
 
 def test_what_was_passed_too_often_finds_its_memory_when_its_lane_has_its_turn() -> None:
@@ -867,7 +912,7 @@ def test_what_was_passed_too_often_finds_its_memory_when_its_lane_has_its_turn()
     document = long_entry("document", bytes=800)
     scheduler = admitted(limits(), *(entry(f"s{i}", 5, bytes=300) for i in range(4)))
     planned(scheduler)
-    scheduler.admit([document], 0.0)
+    scheduler.admit([document])
     decoded: dict[int, int] = {}
     for i in range(200):
         step = scheduler.plan(0.0)
@@ -879,7 +924,7 @@ def test_what_was_passed_too_often_finds_its_memory_when_its_lane_has_its_turn()
             decoded[part.key] = decoded.get(part.key, 0) + part.decoding
             if decoded[part.key] == 8:
                 scheduler.release(part)
-                scheduler.admit([entry(f"t{i}", 5, bytes=300)], 0.0)
+                scheduler.admit([entry(f"t{i}", 5, bytes=300)])
     pytest.fail("the document never started")
 
 
@@ -887,7 +932,7 @@ def test_documents_of_like_length_are_read_one_after_the_other() -> None:
     scheduler = admitted(limits(), long_entry("first", 6_000, chunkable=False))
     below = long_step(scheduler)
     scheduler.resumed(below, 0.0)
-    scheduler.admit([long_entry("second", 4_000, chunkable=False)], 1.0)
+    scheduler.admit([long_entry("second", 4_000, chunkable=False)])
     assert not scheduler.should_pause(below, 1.1)
     scheduler.ran(below, 1.1)
     assert scheduler.plan(1.1) is below
@@ -898,7 +943,7 @@ def test_a_begun_document_gets_its_share_between_shorter_ones() -> None:
     below = long_step(scheduler)
     scheduler.ran(below, 0.1)
     for i in range(2):
-        scheduler.admit([long_entry(f"chapter {i}", 3_000, chunkable=False)], 0.1)
+        scheduler.admit([long_entry(f"chapter {i}", 3_000, chunkable=False)])
     assert planned(scheduler, 0.1, seconds=3.0) == [("chapter 0", 3_000)]
     assert scheduler.plan(3.1) is below
     scheduler.resumed(below, 3.1)
@@ -911,7 +956,7 @@ def test_a_begun_document_gets_its_share_between_shorter_ones() -> None:
 def test_the_shorter_of_two_long_prompts_is_read_first_unless_the_other_has_waited() -> None:
     scheduler = admitted(limits(), long_entry("library", 60_000))
     assert planned(scheduler, 0.0) == [("library", 512)]
-    scheduler.admit([long_entry("chapter", 3_000, arrived=1.0)], 1.0)
+    scheduler.admit([long_entry("chapter", 3_000, arrived=1.0)])
     assert planned(scheduler, 1.0) == [("chapter", 512)]
     assert planned(scheduler, AGE_S - 0.1) == [("chapter", 512)]
     assert planned(scheduler, AGE_S) == [("library", 512)], "ten seconds without a turn are a point"
@@ -949,7 +994,7 @@ def test_a_model_keeps_its_long_turn_while_short_work_comes_between() -> None:
     now = 0.0
     for i in range(40):
         step = long_step(scheduler, now)
-        scheduler.admit([entry(f"s{i}", 5, chunkable=False)], now + 0.1)
+        scheduler.admit([entry(f"s{i}", 5, chunkable=False)])
         assert scheduler.should_pause(step, now + 0.1)
         scheduler.ran(step, 0.1)
         turns.append(step.model)
@@ -1050,7 +1095,7 @@ def test_what_comes_after_idle_time_starts_level() -> None:
     scheduler = admitted(limits(), long_entry("a", 1_000_00, chunkable=False))
     step = long_step(scheduler)
     assert not scheduler.should_pause(step, 3600.0)
-    scheduler.admit([entry("d", 5)], 3600.0)
+    scheduler.admit([entry("d", 5)])
     assert scheduler.should_pause(step, 3600.0)
     scheduler.ran(step, 3600.0)
     planned(scheduler, 3600.0, 0.2)
@@ -1067,3 +1112,79 @@ def test_the_weight_of_a_lane_must_not_depend_on_how_often_it_is_asked() -> None
         scheduler.ran(step, 1.0)
         runs.append(scheduler._turns.used("long"))
     assert runs[0] == pytest.approx(runs[1]) == pytest.approx(1000) and math.isfinite(runs[0])
+
+
+def collector(job: str, count: int, *, num_bytes: int, output_bytes: int) -> list[Entry]:
+    """Inputs of one request, read whole one a step."""
+    values = {"bytes": num_bytes, "output_bytes": output_bytes, "chunkable": False}
+    return [entry(job, 600, price=per_token(1.0), **values) for _ in range(count)]
+
+
+def read_next(scheduler: Scheduler, unfinished: dict[str, int], now: float = 0.0) -> list[str]:
+    """The next step, and what it reads is done: its output stays where its request has further inputs."""
+    step = scheduler.plan(now)
+    assert step is not None
+    scheduler.advance(step, 0.1)
+    for part, _ in step.parts:
+        unfinished[part.job] -= 1
+        scheduler.release(part, keeps_output=unfinished[part.job] > 0)
+        if not unfinished[part.job]:
+            scheduler.drop(part.job)
+    return [part.job for part, _ in step.parts]
+
+
+def test_outputs_of_inputs_that_are_done_stay_reserved_until_their_request_ends() -> None:
+    scheduler = Scheduler(limits(step_tokens=600, memory_bytes=1000))
+    scheduler.admit(collector("a", 3, num_bytes=400, output_bytes=150))
+    unfinished, reserved = {"a": 3}, []
+    while unfinished["a"]:
+        assert read_next(scheduler, unfinished) == ["a"]
+        reserved.append(scheduler.reserved_bytes)
+    assert reserved == [150, 300, 0]
+    scheduler.admit(collector("b", 2, num_bytes=400, output_bytes=150))
+    read_next(scheduler, {"b": 2})
+    scheduler.admit([entry("c", 5, bytes=900, chunkable=False)])
+    assert read_next(scheduler, {"b": 1, "c": 1}) == ["b"] and scheduler.reserved_bytes == 0
+    assert planned(scheduler) == [("c", 5)], "it never had room beside what was kept"
+
+
+def test_a_request_whose_last_input_cannot_fit_beside_its_outputs_is_refused() -> None:
+    scheduler = Scheduler(limits(memory_bytes=1000))
+    with pytest.raises(Rejected, match="never_fits") as caught:
+        scheduler.admit(collector("a", 6, num_bytes=400, output_bytes=150))
+    assert caught.value.value == 6 * 150 + 250 and scheduler.waiting() == (0, 0)
+    scheduler.admit(collector("a", 5, num_bytes=400, output_bytes=150))
+
+
+def test_requests_that_collect_outputs_never_wait_for_each_other() -> None:
+    """Each fits alone; two of them, all but their last inputs read, would leave room for neither last one."""
+    scheduler = Scheduler(limits(step_tokens=600, memory_bytes=1000))
+    unfinished = {"a": 4, "b": 4, "c": 1}
+    for job in "ab":
+        scheduler.admit(collector(job, 4, num_bytes=400, output_bytes=150))
+    scheduler.admit([entry("c", 5, bytes=700, chunkable=False)])
+    order: list[str] = []
+    while any(unfinished.values()):
+        order += read_next(scheduler, unfinished)
+        assert len(order) < 12
+    assert order.count("a") == order.count("b") == 4 and scheduler.reserved_bytes == 0
+
+
+def test_what_was_passed_too_often_does_not_keep_a_collecting_request_from_its_end() -> None:
+    scheduler = Scheduler(limits(step_tokens=600, memory_bytes=1000))
+    scheduler.admit(collector("a", 3, num_bytes=400, output_bytes=150))
+    unfinished = {"a": 3, "large": 1}
+    read_next(scheduler, unfinished)
+    large = entry("large", 5, bytes=950, chunkable=False)
+    large.passed_steps = MAX_PASSED_STEPS
+    scheduler.admit([large])
+    assert [read_next(scheduler, unfinished) for _ in range(3)] == [["a"], ["a"], ["large"]]
+
+
+def test_a_dropped_request_gives_back_what_it_has_collected() -> None:
+    scheduler = Scheduler(limits(step_tokens=600, memory_bytes=1000))
+    scheduler.admit(collector("a", 3, num_bytes=400, output_bytes=150))
+    read_next(scheduler, {"a": 3})
+    assert scheduler.reserved_bytes == 150
+    scheduler.drop("a")
+    assert scheduler.reserved_bytes == 0 and scheduler.waiting() == (0, 0)

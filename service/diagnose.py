@@ -1,0 +1,185 @@
+"""A diagnosis as a request: checked, run by the engine as a model of its own, answered.
+
+The engine's thread runs it like any long step: it is left for shorter work between layers, heads and
+stretches of rows, and shares no step with other requests."""
+
+from __future__ import annotations
+
+import uuid
+
+from kernels.registry import load
+from models.contract import Choice, ServedModel, SliceResult, Want
+from models.diagnose_model import DiagnoseState, DiagnosingModel, can_diagnose
+from models.diagnose_told import MAX_TOKENS, Asked, Diagnosis
+from service.answers import stats_of, usage_of
+from service.attention import Chosen, Spec, choose, exact_choice, parse
+from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest, Question, SupportUsed
+from service.errors import ApiError, invalid
+from service.flow import Flow
+from service.jobs import Channel, Job, Times
+from service.sequences import Sequence, TokenOut
+
+
+class DiagnoseSequence(Sequence):
+    """Read whole, in one step of its own; ``found`` is what was seen."""
+
+    chunkable = False
+
+    def __init__(self, token_ids: list[int]) -> None:
+        super().__init__(0, token_ids, exact_choice())
+        self.found: Diagnosis | None = None
+
+    def want(self, start: int, tokens: int) -> Want:
+        return "nothing"
+
+    def accept(self, result: SliceResult, read: int) -> TokenOut | None:
+        assert isinstance(self.state, DiagnoseState)
+        self.found = self.state.found
+        self.finished = True
+        return None
+
+
+def check_model(model: ServedModel) -> None:
+    """ApiError where no choice applies to any layer of it, or its layers cannot be looked at."""
+    if not can_diagnose(model) or not model.info.applied_layers:
+        why = (
+            "it has no layer in which attention can be chosen" if can_diagnose(model) else "it is no network"
+        )
+        raise invalid(f"Model {model.info.name!r} cannot be diagnosed: {why}; name another.", "model")
+
+
+def check_length(tokens: int) -> None:
+    if tokens > MAX_TOKENS:
+        detail = (
+            f"input has {tokens:,} tokens; a diagnosis reads at most {MAX_TOKENS:,}. Send a part of it: "
+            "a head's figures settle within a few thousand tokens."
+        )
+        limits = {"max_tokens": MAX_TOKENS, "tokens": tokens}
+        raise ApiError("context_length_exceeded", detail, param="input", limits=limits)
+
+
+def support_of(body: DiagnoseRequest, model: ServedModel) -> Chosen:
+    """The support asked for, or the default one. ApiError where it keeps no pairs of its own."""
+    chosen = choose(_support_spec(body), model)
+    if load(chosen.choice.backend).capabilities.approximates:
+        raise invalid(
+            f"support: {chosen.choice.backend!r} approximates the pairs that it does not keep, so there is "
+            "no kept mass to tell; name a backend that drops them (GET /v1/attention/backends)",
+            "support",
+        )
+    return chosen
+
+
+def _support_spec(body: DiagnoseRequest) -> Spec:
+    if body.support is None:
+        return parse({"backend": "sinks", "params": {"window": body.budget}}, path="support")
+    spec = parse(body.support, path="support")
+    if spec.verify is not None:
+        raise invalid("support.verify: a diagnosis compares with exact attention anyway", "support.verify")
+    return spec
+
+
+def asked_of(body: DiagnoseRequest, model: ServedModel, support: Choice) -> Asked:
+    """ApiError where layers are named to which no choice applies."""
+    applied = model.info.applied_layers
+    layers = applied if body.layers == "all" else tuple(sorted(set(body.layers)))
+    unknown = [layer for layer in layers if layer not in applied]
+    if unknown:
+        detail = (
+            f"layers: attention cannot be chosen in layer {unknown[0]} of {model.info.name!r}; it can in "
+            + ", ".join(map(str, applied))
+        )
+        raise invalid(detail, "layers", applied_layers=list(applied))
+    return Asked(layers, support, body.budget, body.tolerance, body.rows, body.arm_tokens, body.seed)
+
+
+async def run(
+    flow: Flow, body: DiagnoseRequest, model: ServedModel, token_ids: list[int], chosen: Chosen
+) -> DiagnoseAnswer:
+    """Through the engine. ApiError where it fails."""
+    asked = asked_of(body, model, chosen.choice)
+    sequence = DiagnoseSequence(token_ids)
+    job = _job(flow, DiagnosingModel(model, asked), sequence, body)
+    _submit(flow, model, job)
+    await flow.next_event(job)
+    _finish(flow, job, len(token_ids))
+    assert sequence.found is not None
+    return _answer(flow, job, model, sequence.found, body, asked, chosen)
+
+
+def _job(flow: Flow, model: DiagnosingModel, sequence: DiagnoseSequence, body: DiagnoseRequest) -> Job:
+    record, settings = flow.record, flow.runtime.settings
+    record.attention = sequence.choice.backend
+    name = f"diagnose_{uuid.uuid4().hex}"
+    job = Job(name, model, [sequence], Channel(), Times(record.started), priority=body.priority)
+    timeout_s = settings.timeout_s if body.timeout_ms is None else body.timeout_ms / 1e3
+    job.deadline = record.started + timeout_s
+    size = model.estimate_bytes(len(sequence.token_ids), 0, sequence.choice, 0)
+    sequence.estimated_bytes = sequence.exact_bytes = size
+    job.memory.estimated_bytes = job.memory.exact_bytes = size
+    return job
+
+
+def _submit(flow: Flow, model: ServedModel, job: Job) -> None:
+    runtime = flow.runtime
+    if runtime.models.get(model.info.name) is not model:
+        raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
+    runtime.engine.submit(job)
+    runtime.jobs.add(job)
+    if job.deadline is not None:
+        left_s = max(job.deadline - runtime.clock(), 0) + 0.001
+        job.timers.append(flow.loop.call_later(left_s, runtime.engine.expire))
+
+
+def _finish(flow: Flow, job: Job, tokens: int) -> None:
+    record, times = flow.record, job.times
+    for timer in job.timers:
+        timer.cancel()
+    first_step = times.first_step if times.first_step is not None else times.submitted
+    record.input_tokens, record.computed = tokens, True
+    record.queue_s = first_step - times.submitted
+    record.inference_s = (times.ended or first_step) - first_step
+
+
+def _answer(
+    flow: Flow,
+    job: Job,
+    model: ServedModel,
+    found: Diagnosis,
+    body: DiagnoseRequest,
+    asked: Asked,
+    chosen: Chosen,
+) -> DiagnoseAnswer:
+    return DiagnoseAnswer(
+        id=job.id,
+        model=model.info.name,
+        tokens=found.tokens,
+        asked=_question(asked, chosen),
+        rows=list(found.rows),
+        regime=found.regime,
+        errors=found.errors,
+        recommended=found.recommended,
+        reason=found.reason,
+        layers=list(found.layers),
+        rank_collapse=found.rank_collapse,
+        usage=usage_of(flow.record),
+        stats=stats_of(job, flow.record, flow.runtime.clock()) if body.include_stats else None,
+    )
+
+
+def _question(asked: Asked, chosen: Chosen) -> Question:
+    support = SupportUsed(
+        requested=chosen.requested,
+        used=chosen.choice.backend,
+        params=chosen.choice.params.model_dump(mode="json"),
+        fallback_reason=chosen.fallback_reason,
+    )
+    return Question(
+        layers=list(asked.layers),
+        support=support,
+        budget=asked.budget,
+        tolerance=asked.tolerance,
+        rows=asked.rows,
+        arm_tokens=asked.arm_tokens,
+        seed=asked.seed,
+    )
