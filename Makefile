@@ -22,11 +22,11 @@ STOP_TIMEOUT ?= 120
 RATE ?= 0
 
 comma := ,
-.PHONY: help serve test check bench interference mixing decode chaos load clean
+.PHONY: help serve test check bench interference mixing decode verify_cost chaos load clean
 
 help: ## List the targets
 	@echo "Longreach. Targets:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z_]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo "Variables:"
 	@echo "  PYTHON=python3.12           the interpreter that .venv is made from (3.11 or later)"
 	@echo "  ARGS='--port 9000'          passed on by serve, test, bench and load"
@@ -59,6 +59,9 @@ mixing: $(SERVE) ## Eight attentions at once against one at a time, on a running
 
 decode: $(SERVE) ## Tokens per second of 16 sequences and of one, on a running server (HOST=...)
 	$(BIN)/python -m loadtests.decode_batch --host $(HOST) $(ARGS)
+
+verify_cost: $(SERVE) ## What measuring the error costs, on a running server (HOST=...)
+	$(BIN)/python -m loadtests.verify_cost --host $(HOST) $(ARGS)
 
 chaos: $(SERVE) ## 10,000 mixed requests against a server of its own
 	$(BIN)/python -m loadtests.chaos --serve $(ARGS)

@@ -133,7 +133,7 @@ class AttentionResult:
     """``out`` [B, H, N, Dv] in q's dtype; ``lse`` [B, H, N] fp32 (natural log) or None; ``stats``.
 
     ``dropped`` [B, H, N] fp32: each row's own estimate, 0 .. 1, of the softmax mass that its selection left
-    out; None where a backend has no estimate. Later error measurement draws its rows by it.
+    out; None where a backend has no estimate. Measured errors draw their rows by it.
     """
 
     out: Tensor

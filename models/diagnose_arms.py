@@ -105,7 +105,7 @@ _watched: ContextVar[Watch | None] = ContextVar("longreach_diagnosed", default=N
 @dataclass
 class Watch:
     """Sees the layers of a network called, within one context alone: hooks on shared modules are met by
-    other requests' forwards too, and do nothing there."""
+    other forwards too, those of other diagnoses among them, and do nothing there."""
 
     see: Callable[[LayerCall], None]
     calls: dict[int, LayerCall] = field(default_factory=dict)
@@ -113,8 +113,8 @@ class Watch:
     @contextmanager
     def on(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         token = _watched.set(self)
-        handles = [layer.register_forward_pre_hook(_before, with_kwargs=True) for layer in layers]
-        handles += [layer.register_forward_hook(_after) for layer in layers]
+        handles = [layer.register_forward_pre_hook(self._before, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(self._after) for layer in layers]
         try:
             yield
         finally:
@@ -122,22 +122,18 @@ class Watch:
                 handle.remove()
             _watched.reset(token)
 
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if _watched.get() is self:
+            bound = inspect.signature(layer.forward).bind(*args, **keywords).arguments
+            more = bound.pop("kwargs", {})
+            told = {**bound, **more}
+            self.calls[id(layer)] = LayerCall(layer, told, told.pop("hidden_states"))
 
-def _before(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    watch = _watched.get()
-    if watch is not None:
-        bound = inspect.signature(layer.forward).bind(*args, **keywords).arguments
-        more = bound.pop("kwargs", {})
-        told = {**bound, **more}
-        watch.calls[id(layer)] = LayerCall(layer, told, told.pop("hidden_states"))
-
-
-def _after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    watch = _watched.get()
-    if watch is not None:
-        call = watch.calls.pop(id(layer))
-        call.after = output[0] if isinstance(output, tuple) else output
-        watch.see(call)
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _watched.get() is self:
+            call = self.calls.pop(id(layer))
+            call.after = output[0] if isinstance(output, tuple) else output
+            self.see(call)
 
 
 def stack_of(body: nn.Module, num_layers: int) -> Sequence[nn.Module] | None:

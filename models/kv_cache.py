@@ -45,8 +45,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Run:
-    """Positions begin .. stop - 1 of a sequence in consecutive pages, and the views of these rows alone.
-    Position ``begin`` is row ``first`` of the ``arena``."""
+    """Positions begin .. stop - 1 of a sequence in consecutive pages, and the views of these rows alone,
+    [1, Hk, n, D]. Position ``begin`` is row ``first`` of the ``arena``."""
 
     begin: int
     stop: int
@@ -58,7 +58,7 @@ class _Run:
         """Of those of its positions that lie in begin .. stop - 1: keys [Hk, n, D], values [Hk, n, Dv]."""
         keys, values = self.layers[layer]
         rows = slice(max(begin - self.begin, 0), max(stop - self.begin, 0))
-        return keys[:, rows], values[:, rows]
+        return keys[0, :, rows], values[0, :, rows]
 
 
 class Cache:
@@ -149,7 +149,7 @@ class Cache:
         where its pages are scattered. ``write`` comes first."""
         if len(self._runs) == 1:
             keys, values = self._runs[0].layers[layer]
-            return keys.narrow(1, 0, length).unsqueeze(0), values.narrow(1, 0, length).unsqueeze(0)
+            return keys.narrow(2, 0, length), values.narrow(2, 0, length)
         parts = [run.rows(layer, 0, length) for run in self._runs]
         keys, values = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return keys[None], values[None]
@@ -245,8 +245,8 @@ class Cache:
         stop = start + k.shape[1]
         if len(self._runs) == 1:
             keys, values = self._runs[0].layers[layer]
-            keys[:, start:stop].copy_(k)
-            values[:, start:stop].copy_(v)
+            keys[0, :, start:stop].copy_(k)
+            values[0, :, start:stop].copy_(v)
             return
         for run in self._runs:
             if start < run.stop and run.begin < stop:
@@ -280,6 +280,6 @@ def _runs(pool: PagePool, pages: Sequence[Page], length: int) -> list[_Run]:
         begin, stop = first * PAGE_TOKENS, min(last * PAGE_TOKENS, length)
         row = pages[first].number * PAGE_TOKENS
         rows, arena = slice(row, row + stop - begin), pool.views(pages[first])
-        views = tuple((keys[:, rows], values[:, rows]) for keys, values in arena)
+        views = tuple((keys[None, :, rows], values[None, :, rows]) for keys, values in arena)
         found.append(_Run(begin, stop, arena, row, views))
     return found

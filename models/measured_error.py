@@ -30,9 +30,10 @@ class LayerError:
     ``estimate`` over ``rows_total`` rows, from ``rows`` of them that were computed exactly too; infinite
     where every exact output among them is 0. ``approx_upper_95``: an approximate upper 95 % limit. 95 % of
     all rows have |(o^ - o) W_O| <= ``row_bound`` |o W_O|, with 95 % confidence. Both are None where so few
-    rows were drawn that nothing can be said. ``head_shares`` [H] splits the heads' own errors' squares and
-    sums to 1 (all 0 where there is no error). ``of_residual``: the same difference relative to the residual
-    stream that the layer adds to, None where that is not known.
+    rows were drawn that nothing can be said, the upper limit also where none of those drawn errs.
+    ``head_shares`` [H] splits the heads' own errors' squares and sums to 1 (all 0 where there is no error).
+    ``of_residual``: the same difference relative to the residual stream that the layer adds to, None where
+    that is not known.
 
     0 rows and an estimate of 0: every pair was kept and nothing approximated, so none needed a second look.
     """

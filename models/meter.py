@@ -72,7 +72,6 @@ class LayerMeter:
     place: Place
     draws: PromptDraws | DecodeDraws
     errors: RowErrors
-    rows_total: int = 0
     approximated: bool = False
 
 
@@ -123,9 +122,7 @@ class Reading:
         sums = torch.stack([*self._squares.values()]).tolist() if self._squares else []
         residual = dict(zip(self._squares, sums, strict=True))
         for layer in self._state.layers:
-            of_layer = self._own(layer)
-            of_layer.errors.add_totals(num_rows, residual.get(layer))
-            self._changed[layer] = replace(of_layer, rows_total=of_layer.rows_total + num_rows)
+            self._own(layer).errors.add_totals(num_rows, residual.get(layer))
         self._stop = start + num_rows
 
     def after(self) -> _State:
@@ -225,11 +222,11 @@ def _place(place: Place | str, layer: int) -> Place:
 
 def _figures(number: int, layer: LayerMeter, seed: int, num_heads: int) -> LayerError | None:
     """None where no row was looked at, though some differ from exact's."""
-    if not layer.rows_total:
+    if not layer.errors.rows_total:
         return None
     if not layer.approximated:
         nothing = (0.0,) * num_heads
-        return LayerError(number, 0.0, 0.0, 0.0, 0, layer.rows_total, nothing, 0.0)
+        return LayerError(number, 0.0, 0.0, 0.0, 0, layer.errors.rows_total, nothing, 0.0)
     if not layer.errors.rows:
         return None
     f = layer.errors.figures(seed)

@@ -29,7 +29,7 @@ SMALLEST_ARENA_BYTES = 16 << 20
 """A short sequence asks for an arena of 8 pages, or as many as 16 MiB hold, but at least what it needs."""
 
 RESERVED_PAGES = 512
-RESERVED_BYTES = 256 << 20
+RESERVED_BYTES = 512 << 20
 """The same where an arena is addresses, which become memory as they are written: sequences that share an
 arena write their new rows in one copy."""
 

@@ -21,10 +21,6 @@ from models.rotary import sequence_lengths
 from models.seam import NAME, LayerPlan
 from models.step import Member, Step
 
-PROJECTIONS = ("o_proj", "out_proj", "dense", "Wo")
-OUTPUT = "output"
-"""The part beside an attention module that BERT and its kin keep its projection in."""
-
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -48,17 +44,15 @@ class _Seen:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     scale: float = 0.0
-    w_o: Tensor | None = None
 
 
 class _Recorder:
     """The forward keyword ``longreach`` of one chunk: hands every call on to a serving step and keeps what
     the wanted layers asked for."""
 
-    def __init__(self, step: Step, seen: dict[int, _Seen], body: nn.Module) -> None:
+    def __init__(self, step: Step, seen: dict[int, _Seen]) -> None:
         self._step = step
         self._seen = seen
-        self._body = body
         self._next = 0
 
     def attend(
@@ -77,28 +71,7 @@ class _Recorder:
             for held, tensor in ((seen.queries, q), (seen.keys, k), (seen.values, v)):
                 held.append(tensor)
             seen.scale = scale
-            seen.w_o = output_projection(self._body, module, q.shape[1] * v.shape[-1])
         return self._step.attend(module, q, k, v, mask, scale, extra)
-
-
-def output_projection(body: nn.Module, module: nn.Module, width: int) -> Tensor:
-    """W_O [E, H Dv] of an attention module of ``body``: a part of it, or of the ``output`` beside it.
-    ModelError where no such part takes ``width`` = H Dv inputs."""
-    for place in (module, *_beside(body, module)):
-        for name in PROJECTIONS:
-            linear = getattr(place, name, None)
-            if isinstance(linear, nn.Linear) and linear.in_features == width:
-                return linear.weight.detach()
-    told = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
-    raise ModelError(
-        f"{type(module).__name__} has no output projection of {width} inputs named "
-        f"{' or '.join(PROJECTIONS)}; it has {told or 'no parts'}"
-    )
-
-
-def _beside(body: nn.Module, module: nn.Module) -> list[nn.Module]:
-    parents = [parent for parent in body.modules() if any(child is module for child in parent.children())]
-    return [part for parent in parents if (part := getattr(parent, OUTPUT, None)) is not None]
 
 
 def chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
@@ -116,11 +89,19 @@ def record_layers(
     in chunks, or where a layer's output projection cannot be found."""
     if chunk_tokens and not network.plan.causal:
         raise ModelError("a model that reads in both directions reads a text at once: give 0 chunk tokens")
+    weights = [_output_projection(network, layer) for layer in layers]
     cache = _cache(network, len(token_ids))
     seen = {layer: _Seen() for layer in layers}
     for rows in chunks(len(token_ids), chunk_tokens):
         _read(network, token_ids, rows, cache, seen)
-    return [_record(network, layer, seen[layer]) for layer in layers]
+    return [_record(network, layer, seen[layer], w_o) for layer, w_o in zip(layers, weights, strict=True)]
+
+
+def _output_projection(network: Network, layer: int) -> Tensor:
+    place = network.places[layer]
+    if isinstance(place, str):
+        raise ModelError(f"the output projection of layer {layer} is not known: {place}")
+    return place.w_o
 
 
 def _cache(network: Network, tokens: int) -> Cache | None:
@@ -141,15 +122,14 @@ def _read(
         network.body(
             input_ids=ids[None],
             position_ids=positions[None] + network.plan.position_offset,
-            **{NAME: _Recorder(step, seen, network.body)},
+            **{NAME: _Recorder(step, seen)},
             **network.arguments,
         )
     step.finish()
 
 
-def _record(network: Network, layer: int, seen: _Seen) -> LayerRecord:
-    assert seen.w_o is not None, "a layer that was never called. This is a bug."
+def _record(network: Network, layer: int, seen: _Seen, w_o: Tensor) -> LayerRecord:
     queries, keys, values = (torch.cat(parts, dim=2) for parts in (seen.queries, seen.keys, seen.values))
     plan = network.plan.layers[layer]
     learned = {backend: layers[plan.ordinal] for backend, layers in network.learned.items()}
-    return LayerRecord(layer, plan, seen.scale, queries, keys, values, seen.w_o, learned)
+    return LayerRecord(layer, plan, seen.scale, queries, keys, values, w_o, learned)

@@ -19,7 +19,8 @@ promise, what they do not, and how often they kept their word where the truth wa
 - **`row_bound`** *does* hold whatever the distribution: with 95 % confidence at least 95 % of the
   layer's rows have a relative error of at most so much. It says nothing about the worst 5 % of the
   rows, and nothing about how the error is spread below it. The confidence is one layer's: of many
-  layers some will miss. It is `null` where too few rows were drawn evenly (fewer than 59).
+  layers some will miss. It is `null` where too few rows were drawn evenly (fewer than 59), and certain
+  where all were looked at (`"all"`, or a prompt of up to 128 tokens).
 - All of them are **local to a layer**: the same queries, keys and values, exact attention beside the
   one used. They do not bound what the answer would have been with exact attention in every layer;
   `/v1/compare` measures that.

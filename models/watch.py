@@ -22,7 +22,7 @@ from models.members import Member
 from models.meter import Reading
 from models.step import Step
 
-_watch: ContextVar[object | None] = ContextVar("longreach_watch", default=None)
+_watch: ContextVar[_Watch | None] = ContextVar("longreach_watch", default=None)
 
 
 @contextmanager
@@ -30,14 +30,12 @@ def watching(step: Step, members: Sequence[Member]) -> Iterator[None]:
     """Within the block the members' readings are told the sums of every layer that they measure; after it
     they are finished."""
     measured = [(member, member.reading) for member in members if member.reading is not None]
-    if not measured:
-        yield
-        return
-    watch = _Watch(step, measured)
-    token = _watch.set(watch)
+    watch = _Watch(step, measured) if measured else None
+    token = _watch.set(watch)  # None as well: a step within a measured one would be taken for it
     try:
         with ExitStack() as hooks:
-            watch.hook(hooks)
+            if watch is not None:
+                watch.hook(hooks)
             yield
     finally:
         _watch.reset(token)

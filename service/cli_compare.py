@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +19,7 @@ from service.cli_compare_table import notes, table
 from service.settings import ConfigError
 
 URL = "http://127.0.0.1:8000"
+MAX_TIMEOUT_S = 86_400
 LADDER = (
     "window:window=256",
     "window:window=1024",
@@ -44,7 +47,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", default=URL, help=f"the server [default: {URL}]")
     command.add_argument("--attention", metavar="SPEC", nargs="+", action="extend", help=_SPECS)
     command.add_argument(
-        "--timeout-s", type=float, default=600.0, metavar="S", help="for the whole comparison [default: 600]"
+        "--timeout-s",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="for the whole comparison [default: 600]",
     )
     command.add_argument(
         "--truncate", choices=("start", "end"), help="cut what the model cannot read there [default: refuse]"
@@ -55,6 +62,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plot", metavar="FILE", type=Path, help="error against time, as PNG, SVG or PDF (needs matplotlib)"
     )
+
+
+def seconds(text: str) -> float:
+    """An option's value. ArgumentTypeError where no server could wait so long."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0.001 <= found <= MAX_TIMEOUT_S:
+        detail = f"{text!r} is no number of seconds from 0.001 to {MAX_TIMEOUT_S:,} (a day)"
+        raise argparse.ArgumentTypeError(detail)
+    return found
 
 
 def run(options: argparse.Namespace, api_key: str | None) -> int:
@@ -162,8 +181,8 @@ class Server:
             raise ConfigError(self._refusal(error)) from None
         except TimeoutError:
             raise ConfigError(f"{self._url} did not answer in time; raise --timeout-s") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error) or type(error).__name__
             raise ConfigError(
                 f"no server answers at {self._url} ({reason}); start one with 'longreach serve' or "
                 "'make serve', or name it with --url"

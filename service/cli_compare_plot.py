@@ -42,10 +42,11 @@ def points_of(answer: dict[str, Any], asked: Sequence[str]) -> list[Point]:
     exact_ms, found = answer["reference"]["prefill_ms"], []
     for name, row in rows_of(answer, asked)[1:]:
         measured = row["attention"]["measured_error"]
-        if measured is None or not row["prefill_ms"] or not exact_ms:
+        error = None if measured is None else measured["estimate"]
+        if error is None or not row["prefill_ms"] or not exact_ms:
             continue
         upper = measured["approx_upper_95"]
-        found.append(Point(name, row["requested"], row["prefill_ms"] / exact_ms, measured["estimate"], upper))
+        found.append(Point(name, row["requested"], row["prefill_ms"] / exact_ms, error, upper))
     return found
 
 
@@ -104,7 +105,5 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed: pip install 'longreach[bench]'"
-        ) from None
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
     return Figure

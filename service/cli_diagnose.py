@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from service.cli_compare import URL, Server, parse_spec, read_text
+from service.cli_compare import URL, Server, parse_spec, read_text, seconds
 from service.settings import ConfigError
 
 Json = dict[str, Any]
@@ -26,7 +26,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--budget", type=int, metavar="KEYS", help="keys per row [default: 256]")
     command.add_argument("--tolerance", type=float, metavar="SHARE", help="misplaced mass [default: 0.1]")
     command.add_argument("--heads", action="store_true", help="a line for every head")
-    command.add_argument("--timeout-s", type=float, default=600.0, metavar="S", help="[default: 600]")
+    command.add_argument("--timeout-s", type=seconds, default=600.0, metavar="S", help="[default: 600]")
     command.add_argument("--json", action="store_true", help="the server's answer instead of the tables")
 
 
@@ -137,13 +137,13 @@ def _collapse(collapse: Json) -> list[str]:
         return [f"arms: none ({collapse['arms_reason']})"]
     head = ("LAYER", *(arm["name"].upper() for arm in arms))
     values = zip(*(arm["residuals"] for arm in arms), strict=True)
-    rows = [[str(i), *(f"{value:.2g}" for value in each)] for i, each in enumerate(values)]
+    rows = [[str(i), *(_short_number(value, 2) for value in each)] for i, each in enumerate(values)]
     title = f"residual by arm, first {collapse['arm_tokens']} tokens (floor {collapse['residual_floor']:.1g})"
     lines = [title, *table_lines(head, rows), ""]
     if paths is None:
         return [*lines, f"paths: none ({collapse['paths_reason']})"]
     rows = [
-        [str(p["length"]), f"{p['num_paths']:.3g}", f"{p['norm_share']:.3g}", f"{p['residual']:.3g}"]
+        [str(p["length"]), *(_short_number(p[name], 3) for name in ("num_paths", "norm_share", "residual"))]
         for p in paths["lengths"]
     ]
     title = f"paths by length (attention and skips alone; sum off by {paths['sum_error']:.1g})"
@@ -165,6 +165,11 @@ def _mean_keys(heads: list[Json], share: str) -> float:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _short_number(value: float | None, digits: int) -> str:
+    """Null is what JSON has for a number that is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
 
 
 _SHOWN = ("window", "budget", "num_verticals", "num_slashes", "num_features", "support")

@@ -22,6 +22,7 @@ from service.estimate import looks_ahead
 from service.flow import Asked, Flow
 from service.jobs import Job
 from service.problems import Problem
+from service.report import observe_request
 from service.sequences import Sequence
 from service.verify_spec import check_layers, parse_verify
 
@@ -129,8 +130,8 @@ class Comparison:
         """What the whole comparison took, also for the request's record."""
         record, tokens = self._flow.record, self._tokens * self._readings
         record.input_tokens, record.queue_s, record.inference_s = tokens, self._queue_s, self._inference_s
-        # Several attentions: none of them speaks for the request.
-        record.attention, record.density, record.measured_error = "none", None, None
+        record.length_tokens, record.computed = self._tokens, True
+        observe_request(self._flow.runtime, record)
         total_ms = round((self._flow.runtime.clock() - record.started) * 1e3, 3)
         tokenize_ms, queue_ms = round(record.tokenize_s * 1e3, 3), round(self._queue_s * 1e3, 3)
         return Usage(prompt_tokens=tokens, total_tokens=tokens), CompareStats(
@@ -140,7 +141,8 @@ class Comparison:
     async def _run(self, chosen: Chosen) -> Compared:
         attended, sequence = Attended.one(chosen), self._kind.reading(chosen.choice)
         job = await self._read(sequence, attended)
-        now = self._flow.finish(job, attended, input_tokens=self._tokens)
+        self._flow.finish_job(job, attended)
+        now = self._flow.runtime.clock()
         figures = await self._flow.offload(lambda: self._kind.figures(sequence))
         memory = stats_of(job, self._flow.record, now).memory
         if self._question.timing:
@@ -156,7 +158,6 @@ class Comparison:
         """How long reading takes where nothing but the next token is wanted, and what it holds."""
         attended = Attended.one(replace(chosen, verify=None))
         job = await self._read(self._kind.timed(chosen.choice), attended)
-        self._flow.abandon(job)
         stats = stats_of(job, self._flow.record, self._flow.runtime.clock())
         waited = round(stats.tokenize_ms + stats.prefill_ms, 3) if "score" in self._model.info.tasks else None
         memory: MemoryStats = stats.memory
@@ -167,6 +168,7 @@ class Comparison:
         job = self._flow.job(f"{self.id}_", self._model, [sequence], attended, self._question.asked)
         self._reserve(job, sequence)
         await self._flow.run(job)
+        self._flow.abandon(job)  # nothing of it waits for its deadline
         assert job.cached_tokens == 0, "a compared document was taken from the cache. This is a bug."
         times = job.times
         first, ended = times.first_step or times.submitted, times.ended or times.submitted

@@ -76,11 +76,11 @@ class Reference:
         return 0 if self._log_probs is None else self._log_probs.nbytes
 
     def add(self, logits: Tensor) -> None:
-        """The next rows [r, V]."""
+        """The next rows [r, V], from any device."""
         if self._log_probs is None:
             self._log_probs = torch.empty(self._rows, logits.shape[1])
         end = self._filled + len(logits)
-        torch.log_softmax(logits.float(), -1, out=self._log_probs[self._filled : end])
+        torch.log_softmax(logits.cpu().float(), -1, out=self._log_probs[self._filled : end])
         self._filled = end
 
     def rows(self, first: int, end: int) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from service.affine_fit import AffineFit
+from service.schedule import served_name
 
 if TYPE_CHECKING:
     from models.contract import Flops
@@ -106,9 +107,10 @@ class CostModel:
 
     def remove_model(self, model: str) -> None:
         """Another model may come under its name."""
-        self._linear.pop(model, None)
-        self._ratios.pop(model, None)
-        for key in [key for key in self._attention if key[0] == model]:
+        for known in (self._linear, self._ratios):
+            for name in [name for name in known if served_name(name) == model]:
+                del known[name]
+        for key in [key for key in self._attention if served_name(key[0]) == model]:
             del self._attention[key]
 
     def summary(self) -> dict[str, object]:

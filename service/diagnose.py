@@ -17,6 +17,7 @@ from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest, Question, S
 from service.errors import ApiError, invalid
 from service.flow import Flow
 from service.jobs import Channel, Job, Times
+from service.report import observe_request
 from service.sequences import Sequence, TokenOut
 
 
@@ -102,18 +103,16 @@ async def run(
     job = _job(flow, DiagnosingModel(model, asked), sequence, body)
     _submit(flow, model, job)
     await flow.next_event(job)
-    _finish(flow, job, len(token_ids))
+    flow.note_times(job, len(token_ids))
+    observe_request(flow.runtime, flow.record)
     assert sequence.found is not None
     return _answer(flow, job, model, sequence.found, body, asked, chosen)
 
 
 def _job(flow: Flow, model: DiagnosingModel, sequence: DiagnoseSequence, body: DiagnoseRequest) -> Job:
-    record, settings = flow.record, flow.runtime.settings
-    record.attention = sequence.choice.backend
     name = f"diagnose_{uuid.uuid4().hex}"
-    job = Job(name, model, [sequence], Channel(), Times(record.started), priority=body.priority)
-    timeout_s = settings.timeout_s if body.timeout_ms is None else body.timeout_ms / 1e3
-    job.deadline = record.started + timeout_s
+    job = Job(name, model, [sequence], Channel(), Times(flow.record.started), priority=body.priority)
+    job.deadline, job.queue_deadline = flow.deadlines(body.timeout_ms)
     size = model.estimate_bytes(len(sequence.token_ids), 0, sequence.choice, 0)
     sequence.estimated_bytes = sequence.exact_bytes = size
     job.memory.estimated_bytes = job.memory.exact_bytes = size
@@ -121,24 +120,18 @@ def _job(flow: Flow, model: DiagnosingModel, sequence: DiagnoseSequence, body: D
 
 
 def _submit(flow: Flow, model: ServedModel, job: Job) -> None:
-    runtime = flow.runtime
-    if runtime.models.get(model.info.name) is not model:
-        raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
-    runtime.engine.submit(job)
-    runtime.jobs.add(job)
-    if job.deadline is not None:
-        left_s = max(job.deadline - runtime.clock(), 0) + 0.001
-        job.timers.append(flow.loop.call_later(left_s, runtime.engine.expire))
-
-
-def _finish(flow: Flow, job: Job, tokens: int) -> None:
-    record, times = flow.record, job.times
-    for timer in job.timers:
-        timer.cancel()
-    first_step = times.first_step if times.first_step is not None else times.submitted
-    record.input_tokens, record.computed = tokens, True
-    record.queue_s = first_step - times.submitted
-    record.inference_s = (times.ended or first_step) - first_step
+    try:
+        flow.submit(job, model)
+    except ApiError as error:
+        if error.code != "never_fits_memory":
+            raise
+        needed, limit = error.limits["estimated_bytes"], error.limits["memory_limit_bytes"]
+        detail = (
+            f"This diagnosis needs about {needed:,} bytes at once; requests may hold {limit:,} "
+            "(memory_limit_bytes). Send a shorter text, ask for fewer rows, or raise the limit."
+        )
+        limits = {"estimated_bytes": needed, "memory_limit_bytes": limit}
+        raise ApiError(error.code, detail, param="input", limits=limits) from None
 
 
 def _answer(

@@ -154,8 +154,10 @@ class Engine:
 
     def load(self, model: str) -> Load:
         with self._changed:
-            requests, tokens = self._scheduler.waiting(model)
-            return Load(requests, tokens, self._scheduler.running(model))
+            names = self._roster.names_of(model)
+            waiting = [self._scheduler.waiting(name) for name in names]
+            requests, tokens = (sum(counts) for counts in zip(*waiting, strict=True))
+            return Load(requests, tokens, sum(map(self._scheduler.running, names)))
 
     def waiting_ms(self) -> float:
         """Predicted ms of work that waits."""

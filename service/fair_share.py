@@ -31,6 +31,11 @@ class FairShare:
         self._active = names
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Everybody who has an account."""
+        return tuple(self._used)
+
+    @property
     def active(self) -> frozenset[str]:
         return self._active
 

@@ -15,6 +15,7 @@ from service.errors import ApiError, invalid
 from service.loading import in_daemon_thread, warm_up
 from service.logs import log_failure
 from service.runtime import Runtime
+from service.schedule import served_name
 from service.settings import MODEL_NAME, Settings
 from service.validation import shown_name
 
@@ -77,7 +78,7 @@ async def _drained(runtime: Runtime, model: ServedModel) -> None:
         await asyncio.sleep(POLL_S)
     detail = f"Model {name!r} was unloaded before this request was done; send it to another model."
     for job in list(runtime.jobs):
-        if job.model is model and not job.ended:
+        if served_name(job.model.info.name) == name and not job.ended:
             job.channel.put([ApiError("model_unloaded", detail, stage=job.stage)])
             runtime.engine.cancel(job)
     while runtime.engine.has_work(name):

@@ -26,7 +26,7 @@ from service.jobs import Channel, Job, Times, leads
 from service.measured import SAMPLED
 from service.meters import attach, is_measured, measured_of
 from service.record import Record
-from service.report import observe_job
+from service.report import observe_job, observe_request
 from service.runtime import Runtime
 from service.sequences import Sequence, TokenOut
 from service.sizes import sequence_bytes, with_way_out
@@ -66,7 +66,7 @@ class Flow:
         """``read`` in a reader thread, its time noted. ApiError: 429 where too many wait already, 504 at the
         deadline, 499 where the client leaves; what has not begun by then is never read."""
         self.runtime.check_open()
-        return await self._in_reader(read, self._deadlines(timeout_ms))
+        return await self._in_reader(read, self.deadlines(timeout_ms))
 
     async def prepare(self, job: Job) -> None:
         """Before ``run`` or a stream: where prompts are long, the cache is asked about them in a reader
@@ -117,7 +117,7 @@ class Flow:
             stream=asked.stream,
             priority=asked.priority,
         )
-        job.deadline, job.queue_deadline = self._deadlines(asked.timeout_ms)
+        job.deadline, job.queue_deadline = self.deadlines(asked.timeout_ms)
         chunk = self.runtime.settings.prefill_chunk_tokens
         choices = list({id(choice): choice for choice in attended.choices}.values())
         sampling = self.runtime.sampling if record.operation in SAMPLED else None
@@ -142,14 +142,16 @@ class Flow:
         if is_measured(job.sequences):
             job.measured = await self.offload(lambda: measured_of(job.sequences))
 
-    def submit(self, job: Job) -> None:
-        if self.runtime.models.get(job.model.info.name) is not job.model:
+    def submit(self, job: Job, served: ServedModel | None = None) -> None:
+        """``served``: the model behind that of the job, where the latter was made for this request alone."""
+        model = served or job.model
+        if self.runtime.models.get(model.info.name) is not model:
             raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
         try:
             self.runtime.engine.submit(job)
             self.runtime.jobs.add(job)
         except ApiError as error:
-            if error.code == "never_fits_memory":
+            if error.code == "never_fits_memory" and served is None:
                 backends = self.runtime.supported[job.model.info.name]
                 chunk_tokens = self.runtime.settings.prefill_chunk_tokens
                 raise with_way_out(error, job, backends, chunk_tokens) from None
@@ -178,7 +180,14 @@ class Flow:
             timer.cancel()
 
     def finish(self, job: Job, attended: Attended, *, input_tokens: int, output_tokens: int = 0) -> float:
-        """Note a completed job in record and metrics; returns the time now."""
+        """Note a completed job, and the request that it was, in record and metrics; returns the time now."""
+        self.note_times(job, input_tokens, output_tokens)
+        self.finish_job(job, attended)
+        observe_request(self.runtime, self.record)
+        return self.runtime.clock()
+
+    def note_times(self, job: Job, input_tokens: int, output_tokens: int = 0) -> None:
+        """What a completed job read and how long it took, in the record. Its deadlines are over."""
         record, times = self.record, job.times
         for timer in job.timers:
             timer.cancel()
@@ -187,6 +196,10 @@ class Flow:
         record.cached_tokens = job.cached_tokens
         record.queue_s = first_step - times.submitted
         record.inference_s = (times.ended or first_step) - first_step
+
+    def finish_job(self, job: Job, attended: Attended) -> None:
+        """Note how a completed job attended, which may be one of several of its request."""
+        record = self.record
         record.density = attention_of(job, attended).density
         error = job.measured.prefill
         record.measured_error = None if error is None else largest_estimate(error)
@@ -195,7 +208,6 @@ class Flow:
             if chosen.fallback_reason is not None:
                 used = chosen.choice.backend
                 self.runtime.metrics.fallback.labels(chosen.requested, used, "unsupported").inc()
-        return self.runtime.clock()
 
     async def respond(
         self, build: Callable[[], BaseModel], values: int = 0, exclude: set[str] | None = None
@@ -208,7 +220,7 @@ class Flow:
         content = await self.offload(write) if values > LARGE_ANSWER_VALUES else write()
         return Response(content, media_type="application/json")
 
-    def _deadlines(self, timeout_ms: int | None) -> tuple[float, float | None]:
+    def deadlines(self, timeout_ms: int | None) -> tuple[float, float | None]:
         """On the clock: of the whole request, and of its waiting where the client's SDK bounds that."""
         arrival = self.record.started
         timeout_s = self.runtime.settings.timeout_s if timeout_ms is None else timeout_ms / 1e3

@@ -30,7 +30,7 @@ from kernels.registry import BACKENDS
 from models.contract import CacheUse, ModelInfo, Task
 from service.errors import KINDS
 from service.measured import Cause
-from service.record import OPERATIONS
+from service.record import OF_NO_ATTENTION, OPERATIONS
 
 Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
@@ -68,8 +68,6 @@ TASK_OPERATIONS: dict[Task, tuple[str, ...]] = {
     "generate": ("generate", "completions", "chat"),
     "score": ("score",),
 }
-OF_NO_ATTENTION = ("compare", "diagnose")
-"""Operations that run under several attentions, or look at attention itself."""
 _REASON_OF_CODE = {
     "queue_full": "queue_full",
     "token_budget_exhausted": "token_budget",

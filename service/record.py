@@ -15,6 +15,8 @@ OPERATIONS = {
     "/v1/chat/completions": "chat",
 }
 """path -> the operation label of metrics."""
+OF_NO_ATTENTION = frozenset({"compare", "diagnose"})
+"""Operations that run under several attentions, or look at attention itself: none speaks for the request."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Record:
     density: float | None = None
     measured_error: float | None = None
     input_tokens: int = 0
+    length_tokens: int | None = None
+    """Of the document, where ``input_tokens`` counts it once for every reading."""
     output_tokens: int = 0
     cached_tokens: int = 0
     queue_s: float = 0.0
@@ -47,6 +51,11 @@ class Record:
     @property
     def operation(self) -> str | None:
         return OPERATIONS.get(self.path) if self.method == "POST" else None
+
+    @property
+    def told_attention(self) -> str:
+        """As metrics, headers and the access log have it."""
+        return "none" if self.operation in OF_NO_ATTENTION else self.attention
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """The headers that every response carries. Times in whole milliseconds, as load scripts for other
@@ -61,9 +70,9 @@ class Record:
             "x-queue-time": f"{queue_ms:.0f}",
             "x-inference-time": f"{infer_ms:.0f}",
             "x-total-time": f"{total_ms:.0f}",
-            "x-attention-backend": self.attention,
+            "x-attention-backend": self.told_attention,
         }
-        if self.density is not None:
+        if self.density is not None and self.told_attention != "none":
             values["x-attention-density"] = f"{self.density:.6g}"
         values.update(self.extra_headers)
         return [(name.encode("ascii"), value.encode("ascii")) for name, value in values.items()]

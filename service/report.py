@@ -8,7 +8,7 @@ from service.error_answers import finite, largest_estimate
 from service.errors import KINDS
 from service.jobs import Job
 from service.metrics import length_bucket, rejection_reason
-from service.record import Record
+from service.record import OF_NO_ATTENTION, Record
 from service.runtime import Runtime
 
 log = logging.getLogger("longreach.access")
@@ -32,9 +32,9 @@ def report(runtime: Runtime, record: Record, now: float) -> None:
         "duration_ms": round((now - record.started) * 1e3, 1),
     }
     if record.operation is not None:
-        fields |= {"model": record.model, "attention": record.attention}
+        fields |= {"model": record.model, "attention": record.told_attention}
         fields |= {"input_tokens": record.input_tokens, "output_tokens": record.output_tokens}
-    if record.measured_error is not None and record.density is not None:
+    if record.measured_error is not None and record.told_attention != "none":
         fields["measured_error"] = round(record.measured_error, 6)
     if record.error_code is not None:
         fields["error"] = record.error_code
@@ -52,11 +52,12 @@ def _count(runtime: Runtime, record: Record, status: int, now: float) -> None:
     operation, metrics = record.operation, runtime.metrics
     if operation is None:
         return
-    metrics.requests.labels(record.model, operation, record.attention, str(status)).inc()
+    metrics.requests.labels(record.model, operation, record.told_attention, str(status)).inc()
     if record.error_code is not None:
         _count_error(runtime, record, operation, record.error_code, status)
     if record.computed:
-        labels = (record.model, operation, record.attention, length_bucket(record.input_tokens))
+        tokens = record.input_tokens if record.length_tokens is None else record.length_tokens
+        labels = (record.model, operation, record.told_attention, length_bucket(tokens))
         metrics.request_duration.labels(*labels).observe(now - record.started)
         metrics.inference.labels(*labels).observe(record.inference_s)
 
@@ -72,14 +73,21 @@ def _count_error(runtime: Runtime, record: Record, operation: str, code: str, st
         metrics.rejected.labels(operation, reason).inc()
 
 
-def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
-    """The histograms of a request that ran to its end. ``record`` knows its attention and operation."""
-    metrics, model, operation, times = runtime.metrics, record.model, record.operation, job.times
+def observe_request(runtime: Runtime, record: Record) -> None:
+    """What there is once of a request that ran to its end, however many jobs it was."""
+    metrics, model, operation = runtime.metrics, record.model, record.operation
     if operation is None or model not in runtime.models:
         return
     metrics.queue.labels(model, operation).observe(record.queue_s)
     metrics.tokenize.labels(model, operation).observe(record.tokenize_s)
     metrics.input_tokens.labels(model, operation).observe(record.input_tokens)
+
+
+def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
+    """The histograms of a job that ran to its end. ``record`` knows its attention and operation."""
+    metrics, model, operation, times = runtime.metrics, record.model, record.operation, job.times
+    if operation is None or model not in runtime.models:
+        return
     if times.first_token is not None:
         metrics.output_tokens.labels(model, operation).observe(record.output_tokens)
         metrics.first_token.labels(model, record.attention).observe(times.first_token - times.arrival)
@@ -89,7 +97,7 @@ def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
         metrics.density.labels(model, record.attention).observe(record.density)
     _observe_errors(runtime, record, job)
     peak = job.memory.peak_bytes
-    if peak:
+    if peak and operation not in OF_NO_ATTENTION:  # a comparison keeps more than such a request does
         metrics.memory_estimate.labels(model, record.attention).observe(job.memory.estimated_bytes / peak)
 
 

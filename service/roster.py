@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from service.errors import ApiError
 from service.jobs import Event, Job, groups_of
 from service.pricing import Entries
-from service.schedule import Entry
+from service.schedule import Entry, served_name
 from service.scheduler import Scheduler
 from service.sequences import Sequence
 
@@ -93,7 +93,11 @@ class Roster:
         self._closing = kept
 
     def has_work(self, model: str) -> bool:
-        """Whether a request of the model has not ended, or one of its sequences is still open."""
-        return any(job.model.info.name == model for job in self.jobs.values()) or any(
-            name == model for name, _ in self._closing
-        )
+        """Whether a request of the served model has not ended, or one of its sequences is still open."""
+        names = [job.model.info.name for job in self.jobs.values()] + [name for name, _ in self._closing]
+        return any(served_name(name) == model for name in names)
+
+    def names_of(self, model: str) -> set[str]:
+        """The served model's own name, and those of what was made from it for single requests."""
+        names = {job.model.info.name for job in self.jobs.values()}
+        return {model, *(name for name in names if served_name(name) == model)}

@@ -19,7 +19,7 @@ from service.logs import log_failure
 from service.opening import Opener
 from service.pricing import Prices
 from service.roster import Roster
-from service.schedule import Entry, Step, Unpriced
+from service.schedule import Entry, Step, Unpriced, served_name
 from service.seen import StepSeen, TimeSeen, time_seen
 from service.sequences import Sequence
 
@@ -96,7 +96,7 @@ class Steps:
         return {part.sequence for running in self._begun.values() for part in running.parts}
 
     def has_begun(self, model: str) -> bool:
-        return any(step.model == model for step in list(self._begun))
+        return any(served_name(step.model) == model for step in list(self._begun))
 
     def _open(self, step: Step, now: float) -> Running:
         parts = self._opener.open(step, now)
@@ -190,7 +190,7 @@ class Steps:
                 job.memory.note(running.held_before, job.held_bytes, peak_bytes)
         self._delivery.deliver_all(zip(parts, result.results, strict=True), now)
         lane = (step.predicted_ms, step.long, running.pauses)
-        self._observe(StepSeen(step.model, len(jobs), tokens, running.seconds, *lane))
+        self._observe(StepSeen(served_name(step.model), len(jobs), tokens, running.seconds, *lane))
 
     def _note_read(self, entry: Entry) -> None:
         """What has been read of a prompt is what its state says: the cache may have held more or less of it

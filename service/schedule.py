@@ -25,6 +25,12 @@ Price = Callable[[int, int], float]
 No smaller for more tokens."""
 
 
+def served_name(model: str) -> str:
+    """The served model behind one that was made for a single request: ``"name (diagnose)"`` -> ``"name"``.
+    Names of served models have no spaces."""
+    return model.partition(" ")[0]
+
+
 class Unpriced(Exception):
     """What an entry's next tokens take cannot be told: its request fails, and nothing was decided."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.schedule import Lane, Step
+from service.schedule import Lane, Step, served_name
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ class TimeSeen:
 def time_seen(step: Step, seconds: float, *, left: bool) -> TimeSeen:
     """Pieces of long prompts that a short step reads are on the long lane's account."""
     long_s = seconds * step.long_share
-    return TimeSeen(step.model, {"short": seconds - long_s, "long": long_s}, left)
+    return TimeSeen(served_name(step.model), {"short": seconds - long_s, "long": long_s}, left)

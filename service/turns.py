@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from service.fair_share import FairShare
-from service.schedule import Lane, Step
+from service.schedule import Lane, Step, served_name
 
 LONG_SLICE_MS = 500.0
 """A model's long step runs so long before that of another model has its turn."""
@@ -86,8 +86,11 @@ class Turns:
         return ms
 
     def forget(self, model: str) -> None:
+        """A served model, and what was made from it for single requests."""
         for share in self._models.values():
-            share.forget(model)
+            for name in share.names:
+                if served_name(name) == model:
+                    share.forget(name)
 
     def _charge(self, lane: Lane, model: str, ms: float) -> None:
         self._lanes.charge(lane, ms)

@@ -14,6 +14,7 @@ afforded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from time import perf_counter
 
 import numpy as np
@@ -62,6 +63,7 @@ def decode(q: Tensor, segments: Sequence[Segment], params: ExactParams, call: Ca
     return decode_runs(q, segments, _every_key, call, nothing_dropped=True)
 
 
+@lru_cache(4096)
 def _every_key(position: int) -> RowRuns:
     return RowRuns((slice(0, position + 1, 1),), position + 1)
 

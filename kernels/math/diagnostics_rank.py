@@ -60,11 +60,3 @@ def rank_one_residual(x: Tensor) -> Tensor:
     smallest = torch.minimum(*(composite_norm(tokens - centre) for centre in centres))
     norm = composite_norm(tokens)
     return torch.where(norm > 0, (smallest / norm).clamp(max=1.0), torch.zeros_like(norm))
-
-
-def mean_residual(x: Tensor) -> Tensor:
-    """|X - 1 x̄^T| / |X| with the mean over tokens, as in the published curves: fp64 [...]."""
-    tokens = x.double()
-    norm = composite_norm(tokens)
-    rest = composite_norm(tokens - tokens.mean(-2, keepdim=True))
-    return torch.where(norm > 0, rest / norm, torch.zeros_like(norm))

@@ -266,7 +266,7 @@ def groups_at_once(shape: CallShape, columns: float, most: int) -> int:
 
 
 def drawn_pairs(shape: CallShape, num_random: int, block: int, covered: float = 0.0) -> float:
-    """``kernels.math.random_part`` over whole blocks: of n draws from b blocks n b / (b + (n - 1) / 2)
+    """``kernels.math.random_blocks`` over whole blocks: of n draws from b blocks n b / (b + (n - 1) / 2)
     differ, and those that the base has whole, ``covered`` of a row's blocks, are not computed. A single row
     reads what it drew."""
     n, spread = num_random / block, (num_random / block - 1) / 2

@@ -66,8 +66,8 @@ class ErrorFigures:
 
 @dataclass(frozen=True, eq=False)
 class _Looked:
-    """Rows of one ``add``, on the CPU: x, y, probability float64 [R], uniform bool [R]; heads float64 [H],
-    sums over the rows of the heads' own squares / pi."""
+    """Rows of one ``add`` or of several, on the CPU: x, y, probability float64 [R], uniform bool [R]; heads
+    float64 [H], sums over the rows of the heads' own squares / pi."""
 
     x: Tensor
     y: Tensor
@@ -75,10 +75,23 @@ class _Looked:
     uniform: Tensor
     heads: Tensor
 
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def then(self, other: _Looked) -> _Looked:
+        return _Looked(
+            torch.cat([self.x, other.x]),
+            torch.cat([self.y, other.y]),
+            torch.cat([self.probability, other.probability]),
+            torch.cat([self.uniform, other.uniform]),
+            self.heads + other.heads,
+        )
+
 
 class RowErrors:
     """Errors of the drawn rows of one layer, gathered step by step. Picklable; ``copy`` shares what was
-    gathered, and neither sees what the other gathers then."""
+    gathered, and neither sees what the other gathers then. R rows from any number of steps take O(R) bytes
+    in O(log R) pieces: 25 bytes a row, beside what a piece takes."""
 
     def __init__(self) -> None:
         self._looked: tuple[_Looked, ...] = ()
@@ -88,7 +101,12 @@ class RowErrors:
     @property
     def rows(self) -> int:
         """Looked at so far."""
-        return sum(len(each.x) for each in self._looked)
+        return sum(map(len, self._looked))
+
+    @property
+    def rows_total(self) -> int:
+        """Of all steps so far, looked at or not (``add_totals``)."""
+        return self._rows_total
 
     def copy(self) -> RowErrors:
         other = RowErrors()
@@ -97,7 +115,8 @@ class RowErrors:
 
     def merge(self, other: RowErrors) -> None:
         """Add what another gathered about other rows of the same layer."""
-        self._looked += other._looked
+        for each in other._looked:
+            self._looked = _gathered(self._looked, each)
         self.add_totals(other._rows_total, other._residual_squares)
 
     def add(self, drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> None:
@@ -106,7 +125,7 @@ class RowErrors:
         fit."""
         _check(drawn, exact, used, w_o)
         if len(drawn):
-            self._looked += (_look(drawn, exact[0], used[0], w_o),)
+            self._looked = _gathered(self._looked, _look(drawn, exact[0], used[0], w_o))
 
     def add_totals(self, rows: int, residual_squares: float | None) -> None:
         """Of all rows of a step, drawn or not: how many, and the sum of squares of the residual stream they
@@ -143,6 +162,14 @@ class RowErrors:
         heads = torch.stack([each.heads for each in self._looked]).sum(0)
         total = heads.sum()
         return tuple((heads / torch.where(total == 0, 1.0, total)).tolist())
+
+
+def _gathered(before: tuple[_Looked, ...], new: _Looked) -> tuple[_Looked, ...]:
+    """In order; pieces double from the last to the first, so that a row is moved O(log R) times. One piece a
+    row would take kilobytes, and a long decode has tens of thousands."""
+    while before and len(before[-1]) <= len(new):
+        before, new = before[:-1], before[-1].then(new)
+    return (*before, new)
 
 
 def _look(drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> _Looked:

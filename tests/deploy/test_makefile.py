@@ -37,7 +37,7 @@ def make(folder: Path, *arguments: str, path: str | None = None) -> subprocess.C
 def test_help_lists_every_target_with_what_it_does(checkout: Path) -> None:
     done = make(checkout)
     listed = re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE)
-    figures = ["interference", "mixing", "decode", "chaos"]
+    figures = ["interference", "mixing", "decode", "verify_cost", "chaos"]
     assert listed == ["help", "serve", "test", "check", "bench", *figures, "load", "clean"]
 
 

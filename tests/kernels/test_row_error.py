@@ -109,6 +109,19 @@ def test_figures_do_not_depend_on_how_rows_were_gathered() -> None:
         assert getattr(found, name) == pytest.approx(getattr(whole, name)), name
 
 
+def test_rows_gathered_one_by_one_lie_in_few_pieces_and_in_order() -> None:
+    exact, used, w_o = layer(500)
+    drawn, errors = DecodeSampler(0, 0, "all").draw(0, 500), RowErrors()
+    for i in range(500):
+        one = DrawnRows(*(each[i : i + 1] for each in (drawn.positions, drawn.probability, drawn.uniform)))
+        errors = errors.copy()
+        errors.add(one, exact[:, :, i : i + 1], used[:, :, i : i + 1], w_o)
+        errors.add_totals(1, 1.0)
+    assert errors.rows == errors.rows_total == 500 and len(errors._looked) <= 9
+    expected = (squares(used - exact, w_o.double()) / squares(exact, w_o.double())).sqrt()
+    assert torch.allclose((errors._joined("x") / errors._joined("y")).sqrt(), expected)
+
+
 def test_a_copy_and_its_original_gather_apart() -> None:
     exact, used, w_o = layer(300)
     drawn = RowSampler(0, 0, 300).draw(0, 300, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadtests import decode_batch, interference, mixing
+from loadtests import decode_batch, interference, mixing, verify_cost
 from loadtests.client import Answer, Client
 from loadtests.figure import Figure, markdown, verdict
 from loadtests.server import ServerProblem
@@ -62,6 +62,14 @@ def test_decode_batch_compares_many_sequences_with_one(served: Served, tmp_path:
     found = told["backends"]["window"]
     assert status == 0 and found["ratio"] > 0
     assert found["ratio"] == pytest.approx(found["many_tokens_per_s"][0] / found["one_tokens_per_s"][0])
+
+
+def test_verify_cost_compares_a_prompt_with_and_without_measuring(served: Served, tmp_path: Path) -> None:
+    status, told = run(verify_cost.main, served, tmp_path, "--model", "dec", "--attention", "window")
+    assert status == 0
+    plain, verified = told["prefill_ms"]
+    assert told["ratio"] == pytest.approx(verified[0] / plain[0])
+    assert told["told"] == pytest.approx(told["measured_error"][0]["cost_ms"] / verified[0])
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,21 @@ def test_a_diagnosis_left_between_its_parts_finds_the_same() -> None:
     assert tiny.close(last[0], last[1])
 
 
+def test_two_diagnoses_of_one_model_in_turns_find_the_same() -> None:
+    model, texts = made("llama, grouped heads"), (tiny.random_ids(40), tiny.random_ids(25, seed=1))
+    begun = []
+    for ids in texts:
+        diagnosing = DiagnosingModel(model, asked(model))
+        state = diagnosing.open(len(ids))
+        forward = diagnosing.begin([Slice(state, ids, tiny.choice(), "nothing", total=len(ids))])
+        begun.append((state, forward))
+    left = [forward for _, forward in begun]
+    while left:
+        left = [forward for forward in left if forward.advance(lambda: True) is None]
+    for ids, (state, _) in zip(texts, begun, strict=True):
+        assert state.found == diagnosis_of(model, ids, asked(model))
+
+
 def test_a_diagnosis_given_up_leaves_the_model_as_it_was() -> None:
     model, ids = made("llama, grouped heads"), tiny.random_ids(40)
     before = tiny.read(model, ids, tiny.choice())

@@ -384,6 +384,23 @@ def test_another_step_in_the_middle_of_a_measured_one_is_not_counted(model: Mode
     assert same(alone, meter.measured())
 
 
+def test_a_step_within_a_measured_one_is_not_taken_for_it(model: Model) -> None:
+    meter, alone = model.meter(ALL, WINDOW, N), read(model, WINDOW)
+    forward = model.begin([Slice(model.open(N), random_ids(N), WINDOW, "nothing", N, meter=meter)])
+    within, nested = 0, False
+
+    def step_instead_of_pausing() -> bool:
+        nonlocal within, nested
+        if not nested:  # its own yield points come here too
+            nested = True
+            model.step([Slice(model.open(30), random_ids(30), WINDOW, "nothing", 30)])
+            within, nested = within + 1, False
+        return False
+
+    assert forward.advance(step_instead_of_pausing) is not None
+    assert within > 3 and same(alone, meter.measured())
+
+
 def test_a_planted_fault_is_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that loses one block of keys for the rows behind it."""
 
@@ -562,34 +579,3 @@ def test_a_meter_is_of_one_sequence(model: Model) -> None:
     parts = [Slice(model.open(10), random_ids(10), WINDOW, "nothing", 10, meter=meter) for _ in range(2)]
     with pytest.raises(ValueError, match="a meter may appear once in a step"):
         model.step(parts)
-
-
-@pytest.mark.parametrize("want", ["nothing", "logits", "scores", "hidden"])
-@pytest.mark.parametrize("pause", [None, lambda: True])
-def test_the_logits_of_rows_named_are_those_of_each_row(
-    model: Model, want: Want, pause: Callable[[], bool] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("models.head.ROWS_AT_ONCE", 3)
-    ids, rows = random_ids(20), (3, 0, 19, 3, 7)
-    targets = ids if want == "scores" else ()
-    part = Slice(model.open(20), ids, WINDOW, want, 20, targets, logit_rows=rows)
-    other = Slice(model.open(20), ids, POOLED, "logits", 20)
-    result, neighbour = run(model, [part, other], pause).results
-    assert result.row_logits is not None and neighbour.row_logits is None
-    assert result.row_logits.shape == (5, 97) and result.row_logits.dtype == torch.float32
-    state = model.open(20)
-    for i, token in enumerate(ids):
-        logits = model.step([Slice(state, [token], WINDOW, "logits", 20)]).results[0].logits
-        assert logits is not None
-        for place in [place for place, row in enumerate(rows) if row == i]:
-            assert torch.allclose(result.row_logits[place], logits, atol=1e-4)
-    assert (result.logits is None) == (want != "logits") and (result.scores is None) == (want != "scores")
-
-
-def test_rows_of_logits_must_be_rows_of_the_slice_and_of_a_language_model(model: Model) -> None:
-    for rows in ((-1,), (0, 5)):
-        with pytest.raises(ValueError, match=r"slice 0: logit_rows must lie in 0 .. 4"):
-            model.step([Slice(model.open(5), random_ids(5), WINDOW, "nothing", 5, logit_rows=rows)])
-    encoder = serve(network(bert), 64)
-    with pytest.raises(ValueError, match="logit_rows needs a causal language model"):
-        encoder.step([Slice(encoder.open(5), random_ids(5), WINDOW, "hidden", 5, logit_rows=(1,))])

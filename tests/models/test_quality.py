@@ -21,6 +21,7 @@ from kernels.math.kept import KeptStates
 from kernels.registry import load as load_backend
 from models import quality, quality_contenders, quality_error, quality_report
 from models.contract import Encoding, ModelError
+from models.places import Place, _place
 from models.quality_choice import best_within, error_in_time, pareto, remainder_gains
 from models.quality_contenders import (
     Contender,
@@ -36,7 +37,7 @@ from models.quality_error import ErrorRow, measure_errors
 from models.quality_ladders import DECODER, ENCODER, Ladders
 from models.quality_perplexity import PerplexityRow, compare, read_text, standard_error
 from models.quality_plot import _scatter, decoder_panels, pyplot, write_plots
-from models.quality_record import LayerRecord, output_projection, record_layers
+from models.quality_record import LayerRecord, record_layers
 from models.quality_report import markdown
 from models.quality_run import layer_step
 from models.quality_store import Results, begin, load, open_results, save
@@ -299,14 +300,23 @@ def test_what_a_model_carries_for_a_backend_reaches_it_layer_by_layer(
     assert given == ["first"] * 2 + ["third"] * 2
 
 
-def test_an_output_projection_that_is_missing_or_of_another_width_is_refused() -> None:
+def test_a_layer_whose_output_projection_is_not_known_is_refused(model: Model) -> None:
+    places = [*model._network.places]
+    places[2] = "it has no parts"
+    other = replace(model._network, places=places)
+    assert record_layers(other, IDS[:20], (0, 1), 0)
+    with pytest.raises(ModelError, match="output projection of layer 2 is not known: it has no parts"):
+        record_layers(other, IDS[:20], (0, 2), 0)
+
+
+def test_an_output_projection_that_is_missing_or_of_another_width_is_not_taken() -> None:
     module = nn.Module()
     module.o_proj = nn.Linear(48, 40)
-    assert torch.equal(output_projection(module, module, 48), module.o_proj.weight)
-    with pytest.raises(ModelError, match="no output projection of 50 inputs.* o_proj .Linear"):
-        output_projection(module, module, 50)
-    with pytest.raises(ModelError, match="it has no parts"):
-        output_projection(nn.Module(), nn.Module(), 48)
+    place = _place(module, {}, 48)
+    assert isinstance(place, Place) and torch.equal(place.w_o, module.o_proj.weight)
+    other, empty = _place(module, {}, 50), _place(nn.Module(), {}, 48)
+    assert isinstance(other, str) and "no output projection of 50 inputs" in other and "o_proj (Lin" in other
+    assert isinstance(empty, str) and "it has no parts" in empty
 
 
 @pytest.mark.parametrize("make", [bert, roberta, nomic, modernbert, llama])

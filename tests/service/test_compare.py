@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from service.compare_figures import (
 from service.compare_schema import Compared
 from service.compare_sequences import ComparedScores
 from service.settings import ConfigError
-from tests.service.conftest import Blocker, Served, in_process, serving, wait_for
+from tests.service.conftest import Blocker, Served, in_process, sample, serving, wait_for
 from tests.service.fake_model import FakeModel, decoder, encoder
 
 FIGURES = ("perplexity", "perplexity_change", "perplexity_change_se", "kl", "next_token_agreement")
@@ -414,6 +415,39 @@ class TestFailures:
         assert problem["code"] == "deadline_exceeded" and problem["status"] == 504
 
 
+class TestCounts:
+    def test_a_comparison_is_counted_once_and_under_no_attention(self, client: TestClient) -> None:
+        def counted(text: str, name: str, **more: str) -> float:
+            return sample(text, f"longreach_{name}", model="dec", operation="compare", **more) or 0
+
+        before, series = client.get("/metrics").text, _series(client)
+        answer = ask(client)
+        text = client.get("/metrics").text
+        assert _series(client) == series and answer["usage"]["prompt_tokens"] > 512 >= answer["tokens"]
+        for name in ("queue_seconds_count", "tokenize_seconds_count", "input_tokens_count"):
+            assert counted(text, name) - counted(before, name) == 1, name
+        read = counted(text, "input_tokens_sum") - counted(before, "input_tokens_sum")
+        assert read == answer["usage"]["prompt_tokens"] == answer["tokens"] * answer["stats"]["readings"]
+        told = {"attention": "none", "code": "200"}
+        assert counted(text, "requests_total", **told) - counted(before, "requests_total", **told) == 1
+
+    def test_one_that_fails_midway_leaves_no_series_and_no_header_of_an_attention(self) -> None:
+        def fail(slices: Sequence[Slice]) -> None:
+            if any(part.choice.backend == "window" for part in slices):
+                blocker(slices)
+
+        blocker = Blocker()
+        with in_process(decoder(on_step=fail)) as client:
+            before = _series(client)
+            body = {"model": "dec", "input": TEXT, "attention": SPECS, "timeout_ms": 500}
+            response = client.post("/v1/compare", json=body)
+            blocker.release.set()
+            assert response.status_code == 504 and blocker.entered.is_set()
+            assert response.headers["x-attention-backend"] == "none"
+            assert "x-attention-density" not in response.headers
+            assert _series(client) == before
+
+
 def test_the_openapi_file_documents_every_spec_and_their_number(client: TestClient) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     attention = schemas["CompareRequest"]["properties"]["attention"]
@@ -590,6 +624,10 @@ class TestCommand:
         ("arguments", "named"),
         [
             (["--url", "localhost:8000"], "--url"),
+            (["--url", "http://localhost:port", "--model", "dec"], "--url"),
+            (["--timeout-s", "nan"], "--timeout-s"),
+            (["--timeout-s", "inf"], "--timeout-s"),
+            (["--timeout-s", "-1"], "--timeout-s"),
             (["--plot", "error.txt"], "--plot"),
             (["--plot", "nowhere/error.png"], "--plot"),
             (["--plot", "error.png", "--no-verify"], "--no-verify"),
@@ -637,6 +675,10 @@ def failed_command(url: str, home: Path, capsys: pytest.CaptureFixture[str], *ar
     out, err = capsys.readouterr()
     assert left.value.code == 2 and not out and "Traceback" not in err
     return err
+
+
+def _series(client: TestClient) -> set[str]:
+    return set(re.findall(r"^longreach_[^ ]+", client.get("/metrics").text, re.MULTILINE))
 
 
 def _names_into(seen: list[str]) -> Any:

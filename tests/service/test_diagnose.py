@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from service.app import create_app
 from service.cli import main
 from service.cli_diagnose import told
 from tests.models import tiny
-from tests.service.conftest import make_settings
+from tests.service.conftest import make_settings, sample, wait_for
 from tests.service.fake_model import decoder
 
 TEXT = "call me ishmael. some years ago, never mind how long precisely. " * 2
@@ -155,6 +156,52 @@ def test_other_requests_of_the_model_are_served_while_a_diagnosis_runs(http: Tes
     thread.join()
     assert ended == ["generate", "diagnose"]
     assert beside == alone
+
+
+def test_it_is_counted_under_its_model_once_and_under_no_attention(http: TestClient) -> None:
+    def found(text: str, name: str, **labels: str) -> float:
+        return sample(text, f"longreach_{name}", model="net", **labels) or 0
+
+    before = http.get("/metrics").text
+    response = ask(http)
+    text = http.get("/metrics").text
+    assert response.headers["x-attention-backend"] == "none"
+    of_all = {"operation": "diagnose"}
+    for name in ("queue_seconds_count", "tokenize_seconds_count", "input_tokens_count"):
+        assert found(text, name, **of_all) - found(before, name, **of_all) == 1, name
+    told = {**of_all, "attention": "none", "code": "200"}
+    assert found(text, "requests_total", **told) - found(before, "requests_total", **told) == 1
+    assert found(text, "step_seconds_count") - found(before, "step_seconds_count") == 1
+    assert "(diagnose)" not in text
+
+
+def test_a_model_is_not_unloaded_under_a_diagnosis_and_nothing_of_it_stays(network: Model) -> None:
+    """The diagnosis is failed as other requests of the model are, and has ended when the model is gone."""
+    model = Model(network._network, network.info, network.tokenizer)
+    settings = make_settings(short_ms=1, step_ms=1, admin=True, drain_seconds=0.05)
+    app = create_app(settings, {"net": model, "fake": decoder(name="fake")})
+    with TestClient(app, raise_server_exceptions=False) as http, ThreadPoolExecutor(1) as threads:
+        assert ask(http).status_code == 200
+        engine, costs = app.state.runtime.engine, app.state.runtime.costs
+        assert "net (diagnose)" in costs.summary()
+        running = threads.submit(ask, http, input={"token_ids": [5, 6, 7, 8] * 1000}, rows=512)
+        wait_for(lambda: engine.load("net").running_requests == 1)
+        assert engine.has_work("net") and not engine.has_work("fake")
+        assert http.delete("/v1/admin/models/net").status_code == 200
+        assert engine.num_jobs == 0 and not engine.has_work("net") and engine.reserved_bytes == 0
+        told = running.result()
+        assert (told.status_code, told.json()["code"]) == (503, "model_unloaded")
+        assert 'model="net' not in http.get("/metrics").text
+        assert "net (diagnose)" not in costs.summary()
+
+
+def test_a_text_that_needs_too_much_memory_is_told_so(network: Model) -> None:
+    app = create_app(make_settings(memory_limit_bytes=1_000_000), {"net": network})
+    with TestClient(app, raise_server_exceptions=False) as http:
+        response = ask(http, input={"token_ids": [5] * 2000})
+    problem = response.json()
+    assert (response.status_code, problem["code"], problem["param"]) == (413, "never_fits_memory", "input")
+    assert "shorter text" in problem["detail"] and problem["limits"]["memory_limit_bytes"] == 1_000_000
 
 
 def test_the_command_prints_tables_and_json(
