@@ -41,7 +41,9 @@ def read(n):
     targets = ids[:n] if want == "scores" else ()
     return model.step([Slice(model.open(n), ids[:n], wanted, want, n, targets)]).peak_bytes
 read(64)
-print(json.dumps({"measured": read(tokens), "estimated": model.estimate_bytes(tokens, 0, wanted, tokens)}))
+found = [read(tokens) for _ in range(int(sys.argv[6]))]
+measured = None if None in found else max(found)
+print(json.dumps({"measured": measured, "estimated": model.estimate_bytes(tokens, 0, wanted, tokens)}))
 """
 
 
@@ -60,7 +62,7 @@ def in_fresh_process(*arguments: str) -> dict[str, int]:
     [("llama", "nothing", 1.35), ("llama", "scores", 1.35), ("bert", "hidden", 1.25)],
 )
 def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str, most: float) -> None:
-    found = in_fresh_process(kind, "4096", want, "exact", "{}")
+    found = in_fresh_process(kind, "4096", want, "exact", "{}", "1")
     if found["measured"] is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 0.65 < found["estimated"] / found["measured"] < most, found
@@ -80,7 +82,8 @@ def test_the_estimate_is_near_the_measured_high_water_mark(kind: str, want: str,
 def test_the_estimate_knows_the_attention_that_was_chosen(
     kind: str, backend: str, params: dict[str, int]
 ) -> None:
-    found = in_fresh_process(kind, "4096", "nothing", backend, json.dumps(params))
+    twice = "2"  # drawn keys are kept from their second use
+    found = in_fresh_process(kind, "4096", "nothing", backend, json.dumps(params), twice)
     if found["measured"] is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 0.65 < found["estimated"] / found["measured"] < 1.35, found
