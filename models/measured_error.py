@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -60,6 +61,12 @@ class MeasuredError:
     rows_total: int
     cost_ms: float
     layers: tuple[LayerError, ...]
+
+
+def largest_limit(limits: Sequence[float | None]) -> float | None:
+    """None where one of them is not known: nothing can be said of all."""
+    known = [each for each in limits if each is not None]
+    return max(known) if len(known) == len(limits) else None
 
 
 class Meter(Protocol):

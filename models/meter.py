@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.math.row_error import DecodeSampler, DrawnRows, RowErrors, RowSampler
 from models.contract import Choice, LayerError, MeasuredError, Verify
+from models.measured_error import largest_limit
 from models.places import Place, Places
 from models.seam import LayerPlan
 
@@ -205,8 +206,8 @@ class SequenceMeter:
             return None
         return MeasuredError(
             estimate=max(each.estimate for each in layers),
-            approx_upper_95=_largest([each.approx_upper_95 for each in layers]),
-            row_bound=_largest([each.row_bound for each in layers]),
+            approx_upper_95=largest_limit([each.approx_upper_95 for each in layers]),
+            row_bound=largest_limit([each.row_bound for each in layers]),
             rows=sum(each.rows for each in layers),
             rows_total=sum(each.rows_total for each in layers),
             cost_ms=state.cost_s * 1e3,
@@ -233,9 +234,3 @@ def _figures(number: int, layer: LayerMeter, seed: int, num_heads: int) -> Layer
     return LayerError(
         number, f.estimate, f.approx_upper_95, f.row_bound, f.rows, f.rows_total, f.head_shares, f.of_residual
     )
-
-
-def _largest(values: list[float | None]) -> float | None:
-    """None where one of them is not known: nothing can be said of all."""
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None

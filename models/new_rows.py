@@ -52,12 +52,13 @@ class _Copy:
     def __init__(self, slots: Sequence[tuple[NewRow, Slot]], device: torch.device) -> None:
         self._arena = slots[0][1].arena
         self._into = torch.tensor([slot.row for _, slot in slots], device=device)
-        self._packed = [row.packed for row, _ in slots]
-        self._picked = torch.tensor(self._packed, device=device)
+        packed = [row.packed for row, _ in slots]
+        self._first_rows = packed == list(range(len(packed)))
+        self._picked = torch.tensor(packed, device=device)
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
         for kept, new in zip(self._arena[layer], (k, v), strict=True):
-            everything = len(self._packed) == new.shape[1] and self._packed == sorted(self._packed)
+            everything = self._first_rows and len(self._picked) == new.shape[1]
             kept.index_copy_(1, self._into, new if everything else new.index_select(1, self._picked))
 
 

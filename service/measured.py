@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from models.contract import LayerError, MeasuredError, Meter
+from models.measured_error import largest_limit
 
 Cause = Literal["asked", "sampled"]
 """Why a request was measured."""
@@ -54,8 +55,8 @@ def worst(meters: Items[Meter | None]) -> MeasuredError | None:
     layers = tuple(_worst_layer(found) for found in zip(*(one.layers for one in each), strict=True))
     return MeasuredError(
         estimate=max(one.estimate for one in each),
-        approx_upper_95=_largest([one.approx_upper_95 for one in each]),
-        row_bound=_largest([one.row_bound for one in each]),
+        approx_upper_95=largest_limit([one.approx_upper_95 for one in each]),
+        row_bound=largest_limit([one.row_bound for one in each]),
         rows=sum(one.rows for one in each),
         rows_total=sum(one.rows_total for one in each),
         cost_ms=sum(one.cost_ms for one in each),
@@ -67,14 +68,8 @@ def _worst_layer(found: tuple[LayerError, ...]) -> LayerError:
     """The worst of one layer in several sequences; its heads are those of the largest estimate."""
     return replace(
         max(found, key=lambda one: one.estimate),
-        approx_upper_95=_largest([one.approx_upper_95 for one in found]),
-        row_bound=_largest([one.row_bound for one in found]),
+        approx_upper_95=largest_limit([one.approx_upper_95 for one in found]),
+        row_bound=largest_limit([one.row_bound for one in found]),
         rows=sum(one.rows for one in found),
         rows_total=sum(one.rows_total for one in found),
     )
-
-
-def _largest(values: list[float | None]) -> float | None:
-    """None where one of them is not known: nothing can be said of all."""
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None
