@@ -60,11 +60,13 @@ DEFAULT_POLICY = Policy()
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer's attention; ``layer`` is numbered as in ``ModelInfo.applied_layers``."""
+    """One layer's attention; ``layer`` is numbered as in ``ModelInfo.applied_layers``. Rows of the prompt
+    from ``exact_from`` on run exactly (None: none), as they did where a repair was needed."""
 
     layer: int
     backend: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    exact_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,22 @@ def exact_ms(profile: Profile, tokens: int) -> tuple[float, float]:
 
 def as_json(layers: Sequence[LayerChoice]) -> list[dict[str, Any]]:
     """The plan as the answer tells it, and as ``read_plan`` reads it back."""
-    return [{"layer": each.layer, "backend": each.backend, "params": dict(each.params)} for each in layers]
+    return [
+        {
+            "layer": each.layer,
+            "backend": each.backend,
+            "params": dict(each.params),
+            "exact_from": each.exact_from,
+        }
+        for each in layers
+    ]
 
 
 def read_plan(raw: Any) -> tuple[LayerChoice, ...]:
     """What ``as_json`` wrote. ValueError naming the entry. Whether backends and params exist, and whether the
     layers are a model's, is for whoever runs it to check."""
     if not isinstance(raw, list) or not raw:
-        raise ValueError('plan must be a list with one {"layer", "backend", "params"} per layer')
+        raise ValueError('plan must be a list: one {"layer", "backend", "params", "exact_from"} per layer')
     layers = tuple(_read_entry(entry, f"plan[{place}]") for place, entry in enumerate(raw))
     for place, (one, other) in enumerate(zip(layers, layers[1:], strict=False), 1):
         if one.layer >= other.layer:
@@ -160,16 +170,20 @@ def read_plan(raw: Any) -> tuple[LayerChoice, ...]:
 
 
 def _read_entry(entry: Any, place: str) -> LayerChoice:
-    if not isinstance(entry, dict) or set(entry) != {"layer", "backend", "params"}:
-        raise ValueError(f'{place} must have "layer", "backend" and "params", and nothing else')
+    needed = {"layer", "backend", "params"}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= needed | {"exact_from"}:
+        raise ValueError(f'{place} must have "layer", "backend" and "params", and may have "exact_from"')
     layer, backend, params = entry["layer"], entry["backend"], entry["params"]
+    exact_from = entry.get("exact_from")
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise ValueError(f"{place}.layer must be a whole number from 0, got {layer!r}")
     if not isinstance(backend, str):
         raise ValueError(f"{place}.backend must be the name of a backend, got {backend!r}")
     if not isinstance(params, dict):
         raise ValueError(f"{place}.params must be an object, got {params!r}")
-    return LayerChoice(layer, backend, params)
+    if exact_from is not None and (type(exact_from) is not int or exact_from < 0):
+        raise ValueError(f"{place}.exact_from must be a row from 0, or null, got {exact_from!r}")
+    return LayerChoice(layer, backend, params, exact_from)
 
 
 def _check(tokens: int, max_error: float) -> None:

@@ -41,6 +41,15 @@ class Choice:
         hash: what stands for them is their JSON, its keys in order."""
         return self.backend, json.dumps(self.params.model_dump(mode="json"), sort_keys=True)
 
+    def at(self, ordinal: int) -> Choice:
+        """What runs in a layer, counted among those to which a choice applies."""
+        return self
+
+    @property
+    def parts(self) -> tuple[Choice, ...]:
+        """Every attention that may run in some layer."""
+        return (self,)
+
     def __hash__(self) -> int:
         return hash((self.method, self.seed))
 
@@ -112,8 +121,27 @@ class Work:
         self.exact_per_head[layer] = self.exact_per_head.get(layer, 0) + exact
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a guard saw of one layer while it read a prompt under ``auto``.
+
+    ``estimate``: of the layer's error over the rows read so far, repairs included, from ``rows`` of them that
+    were computed exactly too (0 rows: the layer is exact by plan). ``exact_from``: the row from which on it
+    ran exactly after all, so as to stay within the budget; None where it did not have to.
+    """
+
+    layer: int
+    estimate: float
+    rows: int
+    exact_from: int | None
+
+
 class SequenceState(Protocol):
     """A sequence's place in a model: how far it has been read, and its cached keys and values."""
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """By layer, where its prompt was read under a guard; () elsewhere. Readable after ``close``."""
 
     @property
     def length(self) -> int:

@@ -1,13 +1,13 @@
 """How many floating-point operations a slice takes, predicted before it runs.
 
 linear    = 2 (weights per token * rows + weights of the head * rows with logits)
-attention = sum over layers of Backend.flops on the layer's shape
+attention = sum over layers of Backend.flops on the layer's shape (no repair is foreseen)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import lru_cache
 
 from kernels.registry import load as load_backend
 from models.contract import Choice, Flops, Want
@@ -25,8 +25,8 @@ def predict_flops(network: Network, rows: int, start: int, choice: Choice, want:
     linear = 2.0 * (network.linear_params * rows + network.head_params * rows_of_logits)
     sizes = network.sizes
     attention = sum(
-        count * layer_flops(layer, rows, start + rows, choice, sizes.itemsize, sizes.on_cpu)
-        for layer, count in _distinct(sizes.plan)
+        count * layer_flops(layer, rows, start + rows, part, sizes.itemsize, sizes.on_cpu)
+        for layer, part, count in _distinct(sizes.plan, choice)
     )
     return Flops(linear, attention)
 
@@ -39,9 +39,15 @@ def layer_flops(layer: LayerPlan, rows: int, keys: int, choice: Choice, itemsize
     return load_backend(choice.backend).flops(choice.params, call)
 
 
-@cache
-def _distinct(plan: ModelPlan) -> tuple[tuple[LayerPlan, int], ...]:
-    """Layers that cost the same, once each, and how many there are."""
-    kinds = [(layer.causal, layer.window, layer.num_heads, layer.shape) for layer in plan.layers]
-    layer_of = dict(zip(kinds, plan.layers, strict=True))
-    return tuple((layer_of[kind], count) for kind, count in Counter(kinds).items())
+@lru_cache(256)
+def _distinct(plan: ModelPlan, choice: Choice) -> tuple[tuple[LayerPlan, Choice, int], ...]:
+    """Layers that cost the same, once each with what runs there, and how many there are."""
+    parts = [choice if layer.window is not None else choice.at(layer.ordinal) for layer in plan.layers]
+    kinds = [
+        (layer.causal, layer.window, layer.num_heads, layer.shape, part.method)
+        for layer, part in zip(plan.layers, parts, strict=True)
+    ]
+    first = {kind: place for place, kind in reversed(list(enumerate(kinds)))}
+    return tuple(
+        (plan.layers[first[kind]], parts[first[kind]], count) for kind, count in Counter(kinds).items()
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from models.contract import Choice
 from models.head import ROWS_AT_ONCE
 from models.heap import border_for
 from models.plan import ModelPlan
+from models.planned import Planned, exact
 from models.seam import LayerPlan, window_params
 
 MEASURED_FROM_TOKENS = 512
@@ -112,7 +113,13 @@ def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: 
     call = layer.call_shape(rows, keys, sizes.itemsize, sizes.on_cpu)
     if layer.window is not None:
         return load_backend("window").workspace(window_params(layer.window), call)
-    return load_backend(choice.backend).workspace(choice.params, call)
+    part = choice.at(layer.ordinal)
+    found = load_backend(part.backend).workspace(part.params, call)
+    if not isinstance(choice, Planned):
+        return found
+    again = exact()  # it may come to be repaired
+    repair = load_backend(again.backend).workspace(again.params, call)
+    return replace(found, live_bytes=max(found.live_bytes, repair.live_bytes))
 
 
 def _activations(sizes: Sizes, rows: int, calls: Sequence[Workspace]) -> int:

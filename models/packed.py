@@ -9,9 +9,11 @@ from torch import Tensor
 
 from models.contract import Slice, SliceResult, StepResult
 from models.forward import was_left
+from models.guard import Reading, guard_of
 from models.members import Member, in_groups
 from models.memory import watch_step
 from models.network import Network
+from models.planned import Planned
 from models.refusals import meter_of, state_of
 from models.results import results
 from models.rotary import sequence_lengths
@@ -28,7 +30,7 @@ def step(network: Network, slices: Sequence[Slice]) -> StepResult:
     peak = watch_step(network.device, sum(len(s.token_ids) for s in slices))
     order = in_groups([s.choice for s in slices])
     packed = [slices[i] for i in order]
-    members = _members(packed)
+    members = _members(network, packed)
     found = _run(network, order, packed, members)
     if any(state_of(s).closed for s in slices):
         raise RuntimeError("a sequence was closed while its forward had begun: others may have its pages")
@@ -52,17 +54,31 @@ def _advance(s: Slice, member: Member) -> None:
     meter = meter_of(s)
     if meter is not None and member.reading is not None:
         meter.commit(member.reading)
+    guard = state_of(s).guard
+    if guard is not None and member.guard is not None:
+        guard.commit(member.guard)
 
 
-def _members(packed: Sequence[Slice]) -> list[Member]:
+def _members(network: Network, packed: Sequence[Slice]) -> list[Member]:
     members, row = [], 0
     for s in packed:
         state, meter = state_of(s), meter_of(s)
         rows = slice(row, row + len(s.token_ids))
         reading = meter.begin() if meter is not None else None
-        members.append(Member(rows, state.length, s.choice, state.cache, reading=reading))
+        guard = _guard(network, s)
+        members.append(Member(rows, state.length, s.choice, state.cache, reading=reading, guard=guard))
         row = rows.stop
     return members
+
+
+def _guard(network: Network, s: Slice) -> Reading | None:
+    """What the guard of a sequence is told by this step, where its choice has one: made at its first."""
+    state = state_of(s)
+    if not isinstance(s.choice, Planned) or not s.choice.guarded:
+        return None
+    if state.guard is None:
+        state.guard = guard_of(s.choice, s.total, network.plan, network.places)
+    return state.guard.begin()
 
 
 def _forward(network: Network, packed: Sequence[Slice], members: Sequence[Member], step: Step) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Container, Sequence
 from models.contract import SequenceState, Slice
 from models.meter import SequenceMeter
 from models.network import Network
+from models.planned import STRATUM, Planned
 from models.sequence import OpenSequence
 
 BEGUN = "its sequence belongs to a forward that has begun"
@@ -51,10 +52,26 @@ def _refusal(s: Slice, state: OpenSequence, network: Network, max_tokens: int) -
         return f"a bidirectional model reads a sequence in one step: {n} of {s.total} tokens given"
     if not 0 <= min(s.token_ids) <= max(s.token_ids) < network.vocab_size:
         return f"token_ids must lie in 0 .. {network.vocab_size - 1}"
+    if reason := _plan_refusal(s, state, n):
+        return reason
     meter = meter_of(s)
     if meter is not None and (reason := meter.refusal(s.choice, state.length, n, s.total)):
         return reason
     return _logits_refusal(s, n, network)
+
+
+def _plan_refusal(s: Slice, state: OpenSequence, n: int) -> str | None:
+    """Of a prompt that a guard watches: it reads it whole, in whole strata, under one plan."""
+    if not isinstance(s.choice, Planned) or not s.choice.guarded:
+        return None
+    stop = state.length + n
+    if stop > s.total:
+        return "a guarded plan reads the prompt alone: generated tokens need another choice"
+    if state.length % STRATUM or (stop % STRATUM and stop < s.total):
+        return f"a guarded plan reads whole strata of {STRATUM} rows: {state.length} .. {stop} was asked for"
+    if state.guard is not None and (state.guard.choice != s.choice or state.guard.total != s.total):
+        return "its prompt is being read under another plan"
+    return None
 
 
 def _logits_refusal(s: Slice, n: int, network: Network) -> str | None:

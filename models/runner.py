@@ -25,12 +25,14 @@ from models.contract import (
 )
 from models.flops import predict_flops
 from models.forward import LeavableForward, Ownership
+from models.guard import guard_of
 from models.heap import border_for, set_border
 from models.learned import missing
 from models.memory import estimate_bytes
 from models.meter import SequenceMeter
 from models.network import Network
 from models.packed import step
+from models.planned import STRATUM, Planned
 from models.refusals import BEGUN, check
 from models.sequence import OpenSequence, Sequences
 
@@ -59,6 +61,8 @@ class Model:
 
     def unsupported(self, choice: Choice) -> list[str]:
         """Every reason why this model cannot run this choice; [] where it can."""
+        if isinstance(choice, Planned):
+            return self._planned_problems(choice)
         try:
             backend = load_backend(choice.backend)
         except UnknownBackend as error:
@@ -75,6 +79,20 @@ class Model:
         if backend.capabilities.learned and choice.backend not in self._network.learned:
             reasons.append(missing(choice.backend, self._info.name))
         return reasons + self._size_problems(choice)
+
+    def _planned_problems(self, choice: Planned) -> list[str]:
+        applied = self._info.applied_layers
+        if len(choice.layers) != len(applied):
+            return [f"the plan has {len(choice.layers)} layers, {self._info.name!r} has {len(applied)}"]
+        found = [reason for part in choice.parts for reason in self.unsupported(part)]
+        askew = sorted({row for row in choice.exact_from if row is not None and row % STRATUM})
+        found += [f"exact_from is {row}: exact rows begin at multiples of {STRATUM}" for row in askew]
+        if choice.guarded and not found:
+            try:
+                guard_of(choice, 1, self._network.plan, self._network.places)
+            except ValueError as error:
+                found.append(str(error))
+        return found
 
     def _size_problems(self, choice: Choice) -> list[str]:
         """Params given layer by layer or head by head that are too long or too short for this network."""

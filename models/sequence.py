@@ -19,10 +19,12 @@ from math import lcm
 
 from kernels.registry import load as load_backend
 from models.arena import PAGE_TOKENS, Page
-from models.contract import CacheUse, Choice, Prompt
+from models.contract import CacheUse, Choice, Kept, Prompt
+from models.guard import SequenceGuard
 from models.kv_cache import Cache
 from models.network import Network
 from models.pages import PagePool
+from models.planned import Planned
 from models.prefix import Chain, root_key
 from models.rotary import effective_length
 
@@ -55,11 +57,18 @@ class Sharing:
 
 
 def identity(choice: Choice) -> Hashable | None:
-    """What an attention's results depend on beside the tokens; None where they depend on the whole prompt."""
-    capabilities = load_backend(choice.backend).capabilities
-    if capabilities.selection == "prompt":
+    """What an attention's results depend on beside the tokens; None where they depend on the whole prompt, or
+    on what its guard has seen of it."""
+    able = [load_backend(part.backend).capabilities for part in choice.parts]
+    if any(each.selection == "prompt" for each in able) or isinstance(choice, Planned) and choice.guarded:
         return None
-    return choice.method, choice.seed if capabilities.random else None
+    return choice.method, choice.seed if any(each.random for each in able) else None
+
+
+def tile_of(choice: Choice) -> int:
+    """Rows of the query tile that a row's keys are chosen by; 1 where rows choose for themselves."""
+    by_tile = [part for part in choice.parts if load_backend(part.backend).capabilities.selection == "tile"]
+    return lcm(*(part.params.chunk_multiple() for part in by_tile))
 
 
 class OpenSequence:
@@ -80,12 +89,18 @@ class OpenSequence:
         self.cache = cache
         self.length = length
         self.closed = False
+        self.guard: SequenceGuard | None = None
+        """Of the prompt, once it is read under a choice that has one."""
         self._sharing = sharing
         self._chain = chain
 
     @property
     def held_bytes(self) -> int:
         return self.cache.held_bytes if self.cache is not None else 0
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        return () if self.guard is None else self.guard.kept
 
     def read(self, token_ids: Sequence[int], choice: Choice) -> None:
         """A step that read these tokens under this attention has succeeded."""
@@ -192,9 +207,7 @@ class Sequences:
         of_choice = identity(prompt.choice)
         if of_choice is None or not self.pool.caches or not self._network.plan.causal:
             return None
-        by_tile = load_backend(prompt.choice.backend).capabilities.selection == "tile"
-        multiple = prompt.choice.params.chunk_multiple() if by_tile else 1
-        return Sharing(of_choice, multiple, self._effective, len(prompt.token_ids))
+        return Sharing(of_choice, tile_of(prompt.choice), self._effective, len(prompt.token_ids))
 
     def _root(self, prompt: Prompt, sharing: Sharing) -> bytes:
         return root_key(prompt.salt, sharing.identity, sharing.effective(sharing.total))

@@ -6,23 +6,21 @@ forward can be left, stretches of their rows are, with a yield point before each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from kernels import attend_packed
-from kernels.contract import PackedResult, Params, Segment, Stats
-from kernels.math.kept import KeptStates
+from kernels.contract import Params
 from kernels.math.summaries import BlockSummaries
 from kernels.registry import load as load_backend
+from models.call import Done, Keys, Layer, attend_pieces, segment
 from models.contract import Choice
 from models.counting import count as _count
 from models.forward import can_be_left, offer_to_pause
 from models.measuring import Computed, is_exact, look
-from models.members import Group, Member, in_groups, method
+from models.members import Group, Groups, Member, in_groups
 from models.new_rows import NewRow, NewRows
+from models.repair import as_exact, is_repaired, repaired
 from models.seam import LayerPlan, Learned, window_params
 from models.stretches import Piece, merged
 
@@ -33,32 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Member", "Step", "in_groups"]
 
 NOTHING_LEARNED: Learned = {}
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One attention call while it runs: its place in the forward, its plan, and the tensors of the whole
-    pack."""
-
-    index: int
-    plan: LayerPlan
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    learned: Learned
-    can_be_left: bool
-    placed: frozenset[int]
-    """Rows of the packed axis that are in their caches already."""
-
-    @cached_property
-    def new_keys(self) -> Tensor:
-        """k of the pack without its batch dimension: one view for all members."""
-        return self.k[0]
-
-    @cached_property
-    def new_values(self) -> Tensor:
-        return self.v[0]
 
 
 class Step:
@@ -74,9 +46,7 @@ class Step:
         self._layers = tuple(layers)
         self._learned = learned
         self._next = 0
-        runs = [tuple(run) for _, run in groupby(members, key=method)]
-        self._groups = [Group(run) for run in runs]
-        self._everyone = Group(members)
+        self._groups = Groups(members)
         self._can_be_left = can_be_left()
         self._members = tuple(members)
         self._new_rows: NewRows | None = None
@@ -99,15 +69,16 @@ class Step:
         if self._new_rows is None:
             self._new_rows = _decoded(self._members, k.device)
         placed = self._new_rows.placed
-        layer = _Layer(self._next, plan, q, k, v, scale, self._learned, self._can_be_left, placed)
+        layer = Layer(self._next, plan, q, k, v, scale, self._learned, self._can_be_left, placed)
         self._new_rows.write(layer.index, layer.new_keys, layer.new_values)
         self._next += 1
         if layer.plan.window is not None:
-            return _run(layer, self._everyone, "window", window_params(layer.plan.window))
-        if len(self._groups) == 1:
-            return _run_chosen(layer, self._groups[0])
+            return _run(layer, self._groups.everyone, "window", window_params(layer.plan.window))
+        groups = self._groups.of(layer.index, layer.plan.ordinal)
+        if len(groups) == 1:
+            return _run_chosen(layer, groups[0])
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[-1])
-        for group in self._groups:
+        for group in groups:
             out[:, group.rows] = _run_chosen(layer, group)
         return out
 
@@ -135,148 +106,123 @@ def _decoded(members: Sequence[Member], device: torch.device) -> NewRows:
     return NewRows(rows if len(rows) > 1 else [], device)
 
 
-def _run_chosen(layer: _Layer, group: Group) -> Tensor:
-    backend = group.choice.backend
-    of_layers = layer.learned.get(backend)
-    learned = None if of_layers is None else of_layers[layer.plan.ordinal]
-    return _run(layer, group, backend, group.choice.params, learned)
+def _run_chosen(layer: Layer, group: Group) -> Tensor:
+    return _run(layer, group, group.choice.backend, group.choice.params)
 
 
-def _run(layer: _Layer, group: Group, backend: str, params: Params, learned: object | None = None) -> Tensor:
+def _run(layer: Layer, group: Group, backend: str, params: Params) -> Tensor:
     """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
     batches = group.batches(layer.plan, layer.q, backend, params) if layer.can_be_left else group.at_once
-    run = partial(_attend, layer, backend=backend, params=params, learned=learned)
     if len(batches) == 1:
         offer_to_pause()
-        keys = [_keys(layer, piece.member) for piece in batches[0]]
-        result = run(batches[0], keys)
-        for member, each in zip(group.members, result.stats, strict=True):
-            _count(member.work, each, layer.plan, member.num_rows)
-        out = result.out.transpose(1, 2)
-        _measure(layer, group, batches[0], keys, result, backend)
-        return out.contiguous()
-    return _run_in_turns(layer, group, batches, backend, run)
+        out, done = _run_batch(layer, group, batches[0], _all_keys(layer, batches[0], group), backend, params)
+    else:
+        out, done = _run_in_turns(layer, group, batches, backend, params)
+    _count_all(layer, done)
+    return out.contiguous()
 
 
 def _run_in_turns(
-    layer: _Layer,
-    group: Group,
-    batches: Sequence[Sequence[Piece]],
-    backend: str,
-    run: Callable[[Sequence[Piece], Sequence[_Keys]], PackedResult],
-) -> Tensor:
-    """The same, batch by batch, with a yield point before each."""
+    layer: Layer, group: Group, batches: Sequence[Sequence[Piece]], backend: str, params: Params
+) -> tuple[Tensor, list[Done]]:
+    """Batch by batch, with a yield point before each."""
     first, stop = group.rows.start, group.rows.stop
     whole = layer.q.new_empty(1, stop - first, layer.q.shape[1], layer.v.shape[-1])
-    keys: dict[int, _Keys] = {}
-    found: dict[int, list[tuple[Stats, int]]] = {}
+    keys: dict[int, Keys] = {}
+    done: list[Done] = []
     for batch in batches:
         offer_to_pause()
         for piece in batch:
             row = piece.member.rows.start
             if row not in keys:
-                keys[row] = _keys(layer, piece.member, shared=not piece.whole)
-        of_batch = [keys[piece.member.rows.start] for piece in batch]
-        result = run(batch, of_batch)
-        begin = batch[0].member.rows.start + batch[0].begin - first
-        whole[:, begin : begin + result.out.shape[2]] = result.out.transpose(1, 2)
-        _measure(layer, group, batch, of_batch, result, backend)
-        for piece, each in zip(batch, result.stats, strict=True):
-            found.setdefault(piece.member.rows.start, []).append((each, piece.end - piece.begin))
-    for member in group.members:
-        _count(member.work, merged(found[member.rows.start]), layer.plan, member.num_rows)
-    return whole
+                keys[row] = _keys(layer, piece, group, shared=not piece.whole)
+        for some, now in _as_repaired(layer, batch, (backend, params)):
+            of_some = [keys[piece.member.rows.start] for piece in some]
+            out, each = _run_batch(layer, group, some, of_some, *now)
+            whole[:, some[0].rows.start - first : some[-1].rows.stop - first] = out
+            done += each
+    return whole, done
 
 
-def _attend(
-    layer: _Layer,
-    pieces: Sequence[Piece],
-    keys: Sequence[_Keys],
-    *,
-    backend: str,
-    params: Params,
-    learned: object | None,
-) -> PackedResult:
-    """Adjacent pieces of the packed axis in one call."""
-    begin = pieces[0].member.rows.start + pieces[0].begin
-    stop = pieces[-1].member.rows.start + pieces[-1].end
-    plan = layer.plan
-    return attend_packed(
-        layer.q[:, :, begin:stop],
-        [_segment(plan, piece, of, begin) for piece, of in zip(pieces, keys, strict=True)],
-        backend=backend,
-        params=params,
-        causal=plan.causal,
-        scale=layer.scale,
-        layer=plan.ordinal,
-        learned=learned,
-    )
-
-
-def _measure(
-    layer: _Layer,
-    group: Group,
-    pieces: Sequence[Piece],
-    keys: Sequence[_Keys],
-    result: PackedResult,
-    backend: str,
-) -> None:
-    """Rows of a call again, for the members that have a reading."""
-    if not group.measured or layer.plan.window is not None:
-        return
-    approximates = load_backend(backend).capabilities.approximates
-    out, begin = result.out.transpose(1, 2), pieces[0].member.rows.start + pieces[0].begin
+def _run_batch(
+    layer: Layer, group: Group, pieces: Sequence[Piece], keys: Sequence[Keys], backend: str, params: Params
+) -> tuple[Tensor, list[Done]]:
+    """Adjacent pieces in one call, repaired where their guards ask for it, and measured."""
+    result = attend_pieces(layer, pieces, keys, backend, params)
+    out = result.out.transpose(1, 2)
     dropped = result.dropped or [None] * len(pieces)
-    for piece, of, stats, mass in zip(pieces, keys, result.stats, dropped, strict=True):
-        reading = piece.member.reading
-        if reading is not None and reading.measures(layer.index):
-            first = piece.member.rows.start + piece.begin
-            rows = slice(first, first + piece.end - piece.begin)
-            seen = _segment(layer.plan, piece, of, begin)
-            computed = Computed(
-                layer=layer.index,
-                plan=layer.plan,
-                scale=layer.scale,
-                start=seen.start,
-                q=layer.q[:, :, rows],
-                k=seen.k,
-                v=seen.v,
-                out=out[:, seen.rows],
-                dropped=mass,
-                exact=is_exact(stats, approximates),
-            )
-            look(reading, computed)
+    done = [Done(*each, backend) for each in zip(pieces, keys, result.stats, dropped, strict=True)]
+    if group.guarded and layer.plan.window is None:
+        done = repaired(layer, out, done)
+    if group.measured and layer.plan.window is None:
+        _measure(layer, out, done)
+    return out, done
 
 
-_Keys = tuple["Tensor", "Tensor", BlockSummaries | None, KeptStates | None]
+def _as_repaired(
+    layer: Layer, batch: Sequence[Piece], chosen: tuple[str, Params]
+) -> list[tuple[list[Piece], tuple[str, Params]]]:
+    """The batch in calls: what follows a repair in the same layer of the same sequence is exact."""
+    if layer.plan.window is not None:
+        return [(list(batch), chosen)]
+    calls = groupby(batch, key=lambda piece: is_repaired(layer, piece))
+    return [(list(pieces), as_exact() if repair else chosen) for repair, pieces in calls]
 
 
-def _keys(layer: _Layer, member: Member, shared: bool = False) -> _Keys:
+def _count_all(layer: Layer, done: Sequence[Done]) -> None:
+    """Each member's work, of all its pieces."""
+    of_members: dict[int, list[Done]] = {}
+    for each in done:
+        of_members.setdefault(each.piece.member.rows.start, []).append(each)
+    for some in of_members.values():
+        rows = sum(each.piece.num_rows for each in some)
+        stats = merged([(each.stats, each.piece.num_rows) for each in some])
+        _count(some[0].piece.member.work, stats, layer.plan, rows)
+
+
+def _measure(layer: Layer, out: Tensor, done: Sequence[Done]) -> None:
+    """Rows of a call again, for the members that have a reading."""
+    begin = done[0].piece.rows.start
+    for each in done:
+        piece, reading = each.piece, each.piece.member.reading
+        if reading is None or not reading.measures(layer.index):
+            continue
+        seen = segment(layer.plan, piece, each.keys, begin)
+        approximates = load_backend(each.backend).capabilities.approximates
+        computed = Computed(
+            layer=layer.index,
+            plan=layer.plan,
+            scale=layer.scale,
+            start=seen.start,
+            q=layer.q[:, :, piece.rows],
+            k=seen.k,
+            v=seen.v,
+            out=out[:, seen.rows],
+            dropped=each.dropped,
+            exact=is_exact(each.stats, approximates),
+        )
+        look(reading, computed)
+
+
+def _all_keys(layer: Layer, pieces: Sequence[Piece], group: Group) -> list[Keys]:
+    return [_keys(layer, piece, group) for piece in pieces]
+
+
+def _keys(layer: Layer, piece: Piece, group: Group, shared: bool = False) -> Keys:
     """A member's keys and values [1, Hk, M, D or Dv], its cache's once the new ones are in it, and what is
     known of them. ``shared``: several calls will read them, which one summary serves."""
+    member = piece.member
     cache, rows = member.cache, member.rows
     if cache is None:
         known = BlockSummaries(member.num_rows) if shared else None
         return layer.k[:, :, rows], layer.v[:, :, rows], known, None
-    if rows.start not in layer.placed:
+    if rows.start not in layer.placed and not piece.begin:
         cache.write(layer.index, member.start, layer.new_keys[:, rows], layer.new_values[:, rows])
     keys, values = cache.keys_values(layer.index, member.stop)
-    kept = cache.kept(layer.index, _owner(layer.plan, member.choice))
+    kept = cache.kept(layer.index, _owner(layer.plan, group.choice, member.choice.seed))
     return keys, values, cache.summaries(layer.index), kept
 
 
-def _segment(plan: LayerPlan, piece: Piece, of: _Keys, begin: int) -> Segment:
-    """A piece's rows, counted from the call's first, and the keys that they may see."""
-    member = piece.member
-    first = member.rows.start - begin
-    keys, values, summaries, kept = of
-    stop = member.start + piece.end
-    if plan.causal and stop < keys.shape[2]:
-        keys, values = keys[:, :, :stop], values[:, :, :stop]
-    rows, start = slice(first + piece.begin, first + piece.end), member.start + piece.begin
-    return Segment(rows, keys, values, start, member.choice.seed, summaries, kept)
-
-
-def _owner(layer: LayerPlan, choice: Choice) -> tuple[object, int]:
+def _owner(layer: LayerPlan, choice: Choice, seed: int) -> tuple[object, int]:
     """Whose states lie beside a layer's keys."""
-    return (choice.method, choice.seed) if layer.window is None else (layer.window, 0)
+    return (choice.method, seed) if layer.window is None else (layer.window, 0)

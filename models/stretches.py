@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import lcm
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.contract import Backend, Params, Stats
 from kernels.parallel import MIN_ROWS, summed
+from models.planned import STRATUM
 
 if TYPE_CHECKING:
     from models.seam import LayerPlan
@@ -41,20 +43,39 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        return self.end - self.begin == self.member.num_rows
+        return self.num_rows == self.member.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def rows(self) -> slice:
+        """Of the packed axis."""
+        first = self.member.rows.start
+        return slice(first + self.begin, first + self.end)
+
+    @property
+    def start(self) -> int:
+        """Position of its first row."""
+        return self.member.start + self.begin
+
+    @property
+    def stop(self) -> int:
+        return self.member.start + self.end
 
 
 def one_after_another(
-    members: Sequence[Member], layer: LayerPlan, backend: Backend, params: Params, itemsize: int, on_cpu: bool
+    wholes: Sequence[Piece], layer: LayerPlan, backend: Backend, params: Params, itemsize: int, on_cpu: bool
 ) -> list[list[Piece]]:
-    """The members' rows in order, in batches of about STRETCH_FLOPS with a yield point between."""
+    """The rows of ``wholes`` in order, in batches of about STRETCH_FLOPS with a yield point between."""
     batches: list[list[Piece]] = [[]]
     room = STRETCH_FLOPS
-    for member in members:
-        call = layer.call_shape(member.num_rows, member.stop, itemsize, on_cpu)
-        flops = backend.flops(params, call)
-        for piece in _pieces(member, layer, backend, params, flops):
-            share = flops * (piece.end - piece.begin) / member.num_rows
+    for whole in wholes:
+        num_keys = whole.stop if layer.causal else whole.member.stop
+        flops = backend.flops(params, layer.call_shape(whole.num_rows, num_keys, itemsize, on_cpu))
+        for piece in _pieces(whole, layer, backend, params, flops):
+            share = flops * piece.num_rows / whole.num_rows
             if batches[-1] and share > room:
                 batches.append([])
                 room = STRETCH_FLOPS
@@ -64,11 +85,12 @@ def one_after_another(
 
 
 def _pieces(
-    member: Member, layer: LayerPlan, backend: Backend, params: Params, flops: float
+    whole: Piece, layer: LayerPlan, backend: Backend, params: Params, flops: float
 ) -> Iterator[Piece]:
-    cut = flops > STRETCH_FLOPS and permits(backend, params, layer.causal and member.cache is not None)
-    for begin, end in pairwise(_borders(member, backend, params, flops) if cut else [0, member.num_rows]):
-        yield Piece(member, begin, end)
+    cut = flops > STRETCH_FLOPS and permits(backend, params, layer.causal and whole.member.cache is not None)
+    borders = _borders(whole, backend, params, flops) if cut else [whole.begin, whole.end]
+    for begin, end in pairwise(borders):
+        yield Piece(whole.member, begin, end)
 
 
 def permits(backend: Backend, params: Params, goes_on: bool) -> bool:
@@ -79,12 +101,14 @@ def permits(backend: Backend, params: Params, goes_on: bool) -> bool:
     return goes_on or (able.selection in ("none", "tile") and not able.approximates)
 
 
-def _borders(member: Member, backend: Backend, params: Params, flops: float) -> list[int]:
+def _borders(whole: Piece, backend: Backend, params: Params, flops: float) -> list[int]:
     """Rows of the member where stretches begin and end."""
     unit = _unit(backend, params)
-    height = max(1, int(member.num_rows * STRETCH_FLOPS / flops) // unit) * unit
-    first = (member.start // height + 1) * height - member.start
-    return [0, *range(first, member.num_rows, height), member.num_rows]
+    if whole.member.guard is not None:  # what is repaired together is computed together
+        unit = lcm(unit, STRATUM)
+    height = max(1, int(whole.num_rows * STRETCH_FLOPS / flops) // unit) * unit
+    first = (whole.start // height + 1) * height - whole.member.start
+    return [whole.begin, *range(first, whole.end, height), whole.end]
 
 
 def _unit(backend: Backend, params: Params) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import models.products
-import models.step
+import models.call
 import models.stretches
 from kernels.contract import PackedResult
 from models.contract import Choice, LayerError, MeasuredError, Prompt, Slice, StepResult, Verify, Want
@@ -95,7 +95,7 @@ class Recorder:
         return result
 
     def __post_init__(self) -> None:
-        self.attend = models.step.attend_packed
+        self.attend = models.call.attend_packed
 
     def _sum(self, q: Tensor, segment: Any, out: Tensor, call: dict[str, Any]) -> None:
         layer = self.found[call["layer"]]
@@ -134,7 +134,7 @@ def recorded(made: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         for i, block in enumerate(blocks)
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(models.step, "attend_packed", recorder)
+        patch.setattr(models.call, "attend_packed", recorder)
         yield recorder
     for hook in hooks:
         hook.remove()
@@ -264,7 +264,7 @@ def test_the_output_projection_is_found_in_every_family(family: str, monkeypatch
     served, chosen = serve(made, 64), choice("window", window=4)
     recorder = Recorder(own)
     with monkeypatch.context() as patch:
-        patch.setattr(models.step, "attend_packed", recorder)
+        patch.setattr(models.call, "attend_packed", recorder)
         found = measured(read(served, chosen, sizes=(60,)))
     for layer in found.layers:
         assert layer.estimate == pytest.approx(recorder.found[layer.layer].error, rel=1e-5)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 import models.products
 import models.stretches
+from models.auto import LayerChoice
 from models.contract import Choice, Prompt, Slice, StepResult
 from models.forward import LeavableForward
+from models.planned import STRATUM, Planned, planned
 from models.runner import Model
 from models.sequence import OpenSequence
 from tests.models.tiny import FAMILIES, choice, close, llama, modernbert, network, random_ids, serve
@@ -123,6 +125,17 @@ class Mix:
         return Request(ids + decoded, pick, want, self._stops(length, pick), salt)
 
     def _choice(self) -> Choice:
+        return self._plan() if self.draw.random() < 0.15 else self._single()
+
+    def _plan(self) -> Planned:
+        """Another attention in every layer, some of them exact from some row on."""
+        layers = []
+        for number in self.model.info.applied_layers:
+            single, border = self._single(), self.draw.choice([None, None, 0, STRATUM])
+            layers.append(LayerChoice(number, single.backend, single.params.model_dump(), border))
+        return planned(layers, seed=self.draw.choice([0, 7]))
+
+    def _single(self) -> Choice:
         while True:
             backend = self.draw.choice(sorted(PARAMS))
             pick = choice(backend, self.draw.choice([0, 7]), **self.draw.choice(PARAMS[backend]))
