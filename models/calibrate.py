@@ -16,6 +16,7 @@ from models.calibrate_ladders import Calibration, Sample, Timing
 from models.calibrate_measure import measure_document, time_exact
 from models.contract import ModelError
 from models.fetch import Progress
+from models.forward import offer_to_pause
 from models.profile import Made, Text
 from models.profile_stamp import stamp_of
 from models.quality_contenders import Contender, refuse_cut_tiles
@@ -48,6 +49,8 @@ class Sizes:
     minutes: float | None = None
     chunk_tokens: int = CHUNK_TOKENS
     seed: int = 0
+    recorded_bytes: int | None = None
+    """Of layers' inputs that are held at once; None: the usual."""
 
 
 QUICK = Sizes(lengths=(1024, 2048, 4096, 8192), documents=2, minutes=3.0)
@@ -56,10 +59,52 @@ QUICK = Sizes(lengths=(1024, 2048, 4096, 8192), documents=2, minutes=3.0)
 
 @dataclass
 class _Measured:
+    """So far. ``ahead`` are the lengths of the documents still to come."""
+
+    sizes: Sizes
+    progress: Progress
+    watch: Progress
+    clock: Callable[[], float]
+    ahead: list[int]
     samples: list[Sample] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     seconds: dict[int, float] = field(default_factory=dict)
     """What the latest document of a length took."""
+    began: float = 0.0
+
+    @property
+    def spent_s(self) -> float:
+        return self.clock() - self.began
+
+    def expected_s(self, tokens: int) -> float | None:
+        """Of a document of this length: time grows with the square of the length at most. None while nothing
+        is known."""
+        known = self.seconds.get(tokens)
+        if known is not None or not self.seconds:
+            return known
+        nearest = max(each for each in self.seconds if each < tokens or each == min(self.seconds))
+        return self.seconds[nearest] * max(1.0, tokens / nearest) ** 2
+
+    def left_s(self, tokens: int, since: float) -> float | None:
+        """Of the document that is measured since then and of those ahead for which there is time; None while
+        nothing is known."""
+        spent, whole = self.spent_s, self.expected_s(tokens)
+        if whole is None:
+            return None
+        left = max(whole - (self.began + spent - since), 0.0)
+        for each in self.ahead:
+            more = self.expected_s(each) or 0.0
+            left += more if self.fits(spent + left + more) else 0.0
+        return left
+
+    def told_left(self, tokens: int, since: float) -> str:
+        left, minutes = self.left_s(tokens, since), self.sizes.minutes
+        if left is not None:
+            return f", about {left:.0f} s left"
+        return "" if minutes is None else f", at most about {max(60 * minutes - self.spent_s, 0):.0f} s left"
+
+    def fits(self, seconds: float) -> bool:
+        return self.sizes.minutes is None or seconds <= 60 * self.sizes.minutes
 
 
 def calibrate(
@@ -71,18 +116,23 @@ def calibrate(
     command: str,
     date: str,
     progress: Progress,
+    watch: Progress = lambda what: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Calibration:
-    """Measure. ModelError where no text has room for any length; ValueError where
-    ``sizes`` do not fit the model or the rungs."""
+    """Measure. ``progress`` is told what a person wants to read, ``watch`` every step of the way. ModelError
+    where no text has room for any length; ValueError where ``sizes`` do not fit the model or the rungs."""
     lengths, chunk_tokens = _lengths(model, sizes), sizes.chunk_tokens if model.info.causal else 0
     refuse_cut_tiles(rungs, chunk_tokens)
-    measured, began = _Measured(), clock()
-    for document, tokens, token_ids in _documents(model, sources, lengths, sizes.documents, progress):
-        if not _affordable(measured, tokens, clock() - began, sizes.minutes):
+    began = clock()
+    documents = list(_documents(model, sources, lengths, sizes.documents, progress))
+    ahead = [tokens for _, tokens, _ in documents]
+    measured = _Measured(sizes, progress, watch, clock, ahead, began=began)
+    for document, tokens, token_ids in documents:
+        ahead.pop(0)
+        if not _affordable(measured, tokens):
             progress(f"document {document + 1}, {tokens} tokens: left out, no time for it")
             continue
-        _measure(model, document, token_ids, rungs, chunk_tokens, sizes.seed, measured, progress, clock)
+        _measure(model, document, token_ids, rungs, chunk_tokens, measured)
     if not measured.samples:
         raise ModelError(f"no text has {lengths[0]} tokens: give longer ones, or shorter --tokens")
     made = Made(
@@ -117,6 +167,7 @@ def _documents(
         source, place = sources[number % len(sources)], number // len(sources)
         of_source = len(range(number % len(sources), count, len(sources)))
         for tokens in lengths:
+            offer_to_pause()
             try:
                 passages = passages_of(source.text, model.tokenizer, prefix, tokens, of_source, source.name)
             except ModelError as error:
@@ -125,16 +176,10 @@ def _documents(
             yield number, tokens, passages[place].token_ids
 
 
-def _affordable(measured: _Measured, tokens: int, spent_s: float, minutes: float | None) -> bool:
-    """Whether a document of this length is likely to end within the budget: time grows with the square of
-    the length at most."""
-    if minutes is None or not measured.seconds:
-        return True
-    known = measured.seconds.get(tokens)
-    if known is None:
-        nearest = max(each for each in measured.seconds if each < tokens or each == min(measured.seconds))
-        known = measured.seconds[nearest] * max(1.0, tokens / nearest) ** 2
-    return spent_s + known <= 60 * minutes
+def _affordable(measured: _Measured, tokens: int) -> bool:
+    """Whether a document of this length is likely to end within the budget."""
+    expected = measured.expected_s(tokens)
+    return expected is None or measured.fits(measured.spent_s + expected)
 
 
 def _measure(
@@ -143,18 +188,23 @@ def _measure(
     token_ids: list[int],
     rungs: Sequence[Contender],
     chunk_tokens: int,
-    seed: int,
     measured: _Measured,
-    progress: Progress,
-    clock: Callable[[], float],
 ) -> None:
-    tokens, began = len(token_ids), clock()
+    tokens, sizes, began = len(token_ids), measured.sizes, measured.clock()
     told = f"document {document + 1}, {tokens} tokens"
-    tell = _now_and_then(lambda what: progress(f"{told}: {what}"))
-    measured.timings.append(time_exact(model, token_ids, chunk_tokens))
-    measured.samples += measure_document(model, document, token_ids, rungs, chunk_tokens, seed, tell)
-    measured.seconds[tokens] = clock() - began
-    progress(f"{told}: {measured.seconds[tokens]:.1f} s")
+    tell = _now_and_then(lambda what: measured.progress(f"{told}: {what}"))
+
+    def look(what: str) -> None:
+        tell(what)
+        measured.watch(f"{what}, {tokens:,} tokens{measured.told_left(tokens, began)}")
+
+    measured.watch(f"reading {tokens:,} tokens{measured.told_left(tokens, began)}")
+    measured.timings.append(time_exact(model, token_ids, chunk_tokens, measured.clock))
+    measured.samples += measure_document(
+        model, document, token_ids, rungs, chunk_tokens, sizes.seed, look, sizes.recorded_bytes
+    )
+    measured.seconds[tokens] = measured.clock() - began
+    measured.progress(f"{told}: {measured.seconds[tokens]:.1f} s")
 
 
 def _now_and_then(tell: Callable[[str], object]) -> Callable[[str], None]:

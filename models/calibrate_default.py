@@ -1,40 +1,116 @@
-"""The profile that a model has without anybody asking for one: measured once, kept beside the models."""
+"""The profile that a model has without anybody asking for one: measured once, kept beside the models.
+
+Where a profile with the model's errors is shipped (``models/profiles``), its times alone are measured; else a
+quick one is made (``models.calibrate.QUICK``).
+"""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
-from models.calibrate import QUICK, Source, calibrate
+from kernels.api import parse_params
+from kernels.registry import UnknownBackend
+from models.calibrate import QUICK, Sizes, Source, calibrate
+from models.calibrate_measure import MAX_RECORDED_BYTES, layer_bytes, recorded_layers
 from models.calibrate_rungs import default_rungs
-from models.contract import ModelError
+from models.calibrate_times import MINUTES, picked_layers, retime, rungs_of
+from models.contract import Choice, ModelError
 from models.fetch import Progress
 from models.files import locked
-from models.profile import Profile, load, profile_file, save
+from models.profile import EXACT, Profile, Stamp, load, profile_file, save
 from models.profile_stamp import stamp_of
+from models.quality_contenders import Contender
 from models.quality_options import DEFAULT_TEXT
 from models.runner import Model
 
+SHIPPED = Path(__file__).resolve().parent / "profiles"
+RECORDED_SHARE = 8
+"""Layers' inputs are held together up to this part of the memory that there is."""
+
+Run = Callable[[Progress, Progress, Callable[[], float]], Profile]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is about to be measured: ``run(progress, watch, clock)`` does it, in about ``minutes`` at most.
+    ``num_bytes`` and ``flops`` are predicted for the whole of it."""
+
+    source: Literal["shipped", "measured"]
+    minutes: float
+    num_bytes: int
+    flops: float
+    run: Run
+
 
 def profile_for(model: Model, cache_dir: Path, progress: Progress) -> Profile:
-    """The model's profile on this machine: the one in the cache where it belongs to both, else a quick one,
-    measured now (``QUICK.minutes`` at most, about) and kept. ModelError where there is no text to measure on.
+    """The model's profile on this machine: the one in the cache where it belongs to both, else one measured
+    now and kept. ModelError where there is no text to measure on.
 
-    Whoever asks meanwhile, in this process or another, waits for it."""
+    Whoever asks meanwhile through this function, in this process or another, waits for it."""
     stamp = stamp_of(model)
     file = profile_file(cache_dir, stamp)
     with locked(file):
-        if file.exists():
-            try:
-                return load(file, stamp)
-            except ModelError as error:
-                progress(f"{model.info.name}: {error}. Measuring a quick one now")
-        profile = _quick(model, progress)
+        found = cached(stamp, cache_dir, progress)
+        if found is not None:
+            return found
+        profile = measurement_for(model, stamp, None, progress).run(progress, _ignore, perf_counter)
         save(profile, file)
     return profile
 
 
-def _quick(model: Model, progress: Progress) -> Profile:
+def cached(stamp: Stamp, cache_dir: Path, progress: Progress) -> Profile | None:
+    """The profile in the cache, where it belongs to this model and machine; another one is told of."""
+    file = profile_file(cache_dir, stamp)
+    if not file.exists():
+        return None
+    try:
+        return load(file, stamp)
+    except ModelError as error:
+        progress(f"{stamp.model}: {error}. Not used")
+        return None
+
+
+def keep(profile: Profile, cache_dir: Path, progress: Progress) -> None:
+    """In the cache; a directory that cannot be written is told of."""
+    file = profile_file(cache_dir, profile.stamp)
+    try:
+        save(profile, file)
+    except OSError as error:
+        progress(f"{profile.stamp.model}: its profile could not be kept: {error}")
+
+
+def shipped_for(stamp: Stamp, progress: Progress, directory: Path | None = None) -> Profile | None:
+    """A profile that came with this release and holds the errors of these weights in this dtype."""
+    for file in sorted((directory or SHIPPED).glob("*.json")):
+        try:
+            profile = load(file)
+            rungs_of(profile)
+        except (ModelError, UnknownBackend, ValueError) as error:
+            progress(f"{file.name}: not used: {error}")
+            continue
+        if (profile.stamp.fingerprint, profile.stamp.dtype) == (stamp.fingerprint, stamp.dtype):
+            return profile
+    return None
+
+
+def measurement_for(
+    model: Model, stamp: Stamp, max_bytes: int | None, progress: Progress, directory: Path | None = None
+) -> Measurement:
+    """What to measure of this model within ``max_bytes``: long lengths that need more are left out.
+    ModelError where there is no text to measure on."""
+    sources = _sources(model)
+    shipped = shipped_for(stamp, progress, directory)
+    if shipped is None:
+        return _quick(model, sources, max_bytes, progress)
+    return _times(model, stamp, shipped, sources, max_bytes, progress)
+
+
+def _sources(model: Model) -> list[Source]:
     sources = [
         Source(file.name, file.read_text(encoding="utf-8"))
         for file in sorted(DEFAULT_TEXT.parent.glob("*.txt"))
@@ -44,14 +120,124 @@ def _quick(model: Model, progress: Progress) -> Profile:
             f"{DEFAULT_TEXT.parent} holds no text to measure a profile on: run longreach calibrate "
             f"{model.info.name} TEXT with one of your own"
         )
-    progress(f"{model.info.name}: measuring its profile, about {QUICK.minutes:g} minutes at most")
+    return sources
+
+
+def _quick(model: Model, sources: list[Source], max_bytes: int | None, progress: Progress) -> Measurement:
+    rungs = default_rungs(model, quick=True)
+    recorded = None if max_bytes is None else min(max_bytes // RECORDED_SHARE, MAX_RECORDED_BYTES)
+    chunk_tokens = QUICK.chunk_tokens if model.info.causal else 0
+
+    def num_bytes(tokens: int) -> int:
+        at_once = recorded_layers(model, tokens, recorded)
+        return _bytes(model, tokens, rungs, chunk_tokens, at_once)
+
+    most = model.info.max_tokens
+    readable = [tokens for tokens in QUICK.lengths if tokens <= most] or [most]
+    lengths = _fitting(model, readable, num_bytes, max_bytes, progress)
+    sizes = replace(QUICK, lengths=tuple(lengths), recorded_bytes=recorded)
+
+    def run(progress: Progress, watch: Progress, clock: Callable[[], float]) -> Profile:
+        told = f"{model.info.name}: measuring its profile, about {sizes.minutes:g} minutes at most"
+        progress(told)
+        return _calibrated(model, sources, rungs, sizes, progress, watch, clock)
+
+    flops = sizes.documents * sum(_flops(model, n, chunk_tokens, len(rungs), 1.0) for n in lengths)
+    assert sizes.minutes is not None
+    return Measurement("measured", sizes.minutes, num_bytes(lengths[-1]), flops, run)
+
+
+def _calibrated(
+    model: Model,
+    sources: list[Source],
+    rungs: list[Contender],
+    sizes: Sizes,
+    progress: Progress,
+    watch: Progress,
+    clock: Callable[[], float],
+) -> Profile:
     measured = calibrate(
         model,
         sources,
-        default_rungs(model, quick=True),
-        QUICK,
+        rungs,
+        sizes,
         command="at first use",
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         progress=progress,
+        watch=watch,
+        clock=clock,
     )
     return measured.profile()
+
+
+def _times(
+    model: Model,
+    stamp: Stamp,
+    shipped: Profile,
+    sources: list[Source],
+    max_bytes: int | None,
+    progress: Progress,
+) -> Measurement:
+    rungs, layers = rungs_of(shipped), picked_layers(shipped)
+    chunk_tokens = shipped.made.chunk_tokens
+    readable = [each.tokens for each in shipped.lengths if each.tokens <= model.info.max_tokens]
+    if not readable:
+        return _quick(model, sources, max_bytes, progress)
+
+    def num_bytes(tokens: int) -> int:
+        return _bytes(model, tokens, rungs, chunk_tokens, len(layers))
+
+    lengths = _fitting(model, readable, num_bytes, max_bytes, progress)
+
+    def run(progress: Progress, watch: Progress, clock: Callable[[], float]) -> Profile:
+        told = f"{model.info.name}: measuring the times of its profile, about {60 * MINUTES:.0f} s"
+        progress(told)
+        longest = lengths[-1]
+        return retime(
+            shipped, model, stamp, sources, longest=longest, progress=progress, watch=watch, clock=clock
+        )
+
+    share = len(layers) / len(shipped.layers)
+    flops = sum(_flops(model, n, chunk_tokens, len(rungs), share) for n in lengths)
+    return Measurement("shipped", MINUTES, num_bytes(lengths[-1]), flops, run)
+
+
+def _fitting(
+    model: Model,
+    lengths: list[int],
+    num_bytes: Callable[[int], int],
+    max_bytes: int | None,
+    progress: Progress,
+) -> list[int]:
+    """The lengths, ascending, that need no more than ``max_bytes``. ModelError where the shortest does."""
+    if max_bytes is None:
+        return lengths
+    found = [tokens for tokens in lengths if num_bytes(tokens) <= max_bytes]
+    if not found:
+        raise ModelError(
+            f"measuring {lengths[0]:,} tokens needs about {num_bytes(lengths[0]):,} bytes, requests may hold "
+            f"{max_bytes:,} (memory_limit_bytes): raise it, or run longreach calibrate {model.info.name} TEXT"
+        )
+    if len(found) < len(lengths):
+        progress(f"{model.info.name}: no memory for more than {found[-1]} tokens")
+    return found
+
+
+def _bytes(model: Model, tokens: int, rungs: list[Contender], chunk_tokens: int, layers: int) -> int:
+    """The dearest reading, beside it the inputs of layers, in pieces and whole."""
+    choices = [Choice(EXACT, parse_params(EXACT)), *(each.choice(0) for each in rungs)]
+    rows = min(chunk_tokens or tokens, tokens)
+    reading = max(model.estimate_bytes(tokens, 0, choice, rows) for choice in choices)
+    return reading + 2 * layers * max(
+        layer_bytes(model, layer, tokens) for layer in model.info.applied_layers
+    )
+
+
+def _flops(model: Model, tokens: int, chunk_tokens: int, num_rungs: int, share: float) -> float:
+    """Of one document: two readings, and in a share of the layers exact and the rungs, each as exact."""
+    one = model.flops(tokens, 0, Choice(EXACT, parse_params(EXACT)), "nothing")
+    return 2 * (one.linear + one.attention) + share * (1 + num_rungs) * one.attention
+
+
+def _ignore(what: str) -> None:
+    """Nobody watches."""

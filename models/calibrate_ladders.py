@@ -103,17 +103,17 @@ def ladders_of(
         return Rung(
             backend=rungs[place][0],
             params=dict(rungs[place][1]),
-            median=tuple(_rounded(median(each)) for each in figures),
-            p95=tuple(_rounded(each[math.ceil(0.95 * len(each)) - 1]) for each in figures),
-            max=tuple(_rounded(each[-1]) for each in figures),
+            median=tuple(rounded(median(each)) for each in figures),
+            p95=tuple(rounded(each[math.ceil(0.95 * len(each)) - 1]) for each in figures),
+            max=tuple(rounded(each[-1]) for each in figures),
             spread=tuple(spreads[place, tokens] for tokens in lengths),
-            time_share=tuple(_rounded(shares[layer, place, tokens]) for tokens in lengths),
+            time_share=tuple(rounded(shares[layer, place, tokens]) for tokens in lengths),
         )
 
     return tuple(
         Ladder(
             layer=layer,
-            rungs=(*_worth_keeping([rung(layer, at) for at in range(len(rungs))]), _exact(lengths)),
+            rungs=(*worth_keeping([rung(layer, at) for at in range(len(rungs))]), _exact(lengths)),
         )
         for layer in sorted({sample.layer for sample in samples})
     )
@@ -139,7 +139,7 @@ def _spreads(samples: Sequence[Sample]) -> dict[tuple[int, int], float | None]:
     for sample in samples:
         together[sample.rung, sample.tokens].append(sample)
     found = {place: spread_of(some) for place, some in together.items()}
-    return {place: None if spread is None else _rounded(spread) for place, spread in found.items()}
+    return {place: None if spread is None else rounded(spread) for place, spread in found.items()}
 
 
 def _time_shares(samples: Sequence[Sample]) -> dict[tuple[int, int, int], float]:
@@ -158,8 +158,9 @@ def _time_shares(samples: Sequence[Sample]) -> dict[tuple[int, int, int], float]
     return found
 
 
-def _worth_keeping(rungs: Sequence[Rung]) -> list[Rung]:
-    """Without those that cost as much as exact at every length, or that another beats in every figure."""
+def worth_keeping(rungs: Sequence[Rung]) -> list[Rung]:
+    """From cheap to dear, without those that cost as much as exact at every length, or that another beats in
+    every figure."""
     cheaper = [rung for rung in rungs if min(rung.time_share) < 1]
     kept = [
         rung
@@ -185,6 +186,6 @@ def _exact(lengths: Sequence[int]) -> Rung:
     return Rung(backend=EXACT, params={}, median=zero, p95=zero, max=zero, spread=zero, time_share=one)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Five digits: what a file holds is what a plan is made from."""
     return float(f"{value:.5g}")

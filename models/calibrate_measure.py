@@ -6,14 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
+import torch
+
 from kernels.api import parse_params
+from kernels.math.summaries import BlockSummaries
 from models.calibrate_ladders import Sample, Timing
 from models.contract import Choice, Slice, Want, Work
+from models.forward import offer_to_pause
 from models.profile import EXACT
-from models.quality_contenders import Contender
-from models.quality_error import ErrorRow, measure_errors
+from models.quality_contenders import Contender, contender
+from models.quality_error import ErrorRow, _Kept, _row, _run, _Tally, _tally, squares
 from models.quality_record import LayerRecord, chunks, record_layers
 from models.runner import Model
+
+Clock = Callable[[], float]
 
 MAX_RECORDED_BYTES = 1 << 30
 """Queries, keys and values recorded at once; more layers take another reading."""
@@ -27,31 +33,75 @@ def measure_document(
     chunk_tokens: int,
     seed: int,
     progress: Callable[[str], object],
+    recorded_bytes: int | None = None,
 ) -> list[Sample]:
     """Every rung in every layer, on the layer's inputs along exact's trajectory. ``chunk_tokens`` 0: read at
-    once."""
-    samples = []
-    for record in _records(model, token_ids, chunk_tokens):
-        rows = measure_errors([record], rungs, chunk_tokens=chunk_tokens, seed=seed)
+    once. ``recorded_bytes``: of inputs held at once, ``MAX_RECORDED_BYTES`` by default."""
+    samples: list[Sample] = []
+    layers = model.info.applied_layers
+    at_once = recorded_layers(model, len(token_ids), recorded_bytes)
+    for number, record in enumerate(_records(model, token_ids, layers, at_once, chunk_tokens), 1):
+        rows = measure_layer(record, rungs, chunk_tokens, seed)
         samples += [_sample(document, record.index, place, row) for place, row in enumerate(rows)]
-        progress(f"layer {record.index}")
+        progress(f"layer {number} of {len(layers)}")
     return samples
 
 
-def _records(model: Model, token_ids: Sequence[int], chunk_tokens: int) -> Iterator[LayerRecord]:
-    """Layer by layer, as many recorded in one reading as fit; what was handed out is let go of."""
+def measure_layer(
+    record: LayerRecord, rungs: Sequence[Contender], chunk_tokens: int, seed: int
+) -> list[ErrorRow]:
+    """As ``models.quality_error.measure_errors`` of one layer, each call timed by itself, with a yield point
+    before it: where it is left, no time of it is running."""
+    everyone = [_tally(each) for each in (contender(EXACT, {}), *rungs)]
+    for each in everyone:
+        each.kept = [_Kept(BlockSummaries(record.q.shape[2]))]
+    size = 0.0
+    for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
+        size += _measure_chunk(record, rows, everyone, seed, first=number + record.index)
+    for each in everyone:
+        each.layer_errors.append((each.difference / size) ** 0.5)
+    exact, *others = everyone
+    return [_row(each, exact, record.q.shape[2], [record.index]) for each in others]
+
+
+def _measure_chunk(
+    record: LayerRecord, rows: slice, everyone: Sequence[_Tally], seed: int, first: int
+) -> float:
+    """sum |o W_O|^2 of its rows. Each chunk begins one further on: nobody is always first."""
+    begin, timed = first % len(everyone), {}
+    for i in [*range(begin, len(everyone)), *range(begin)]:
+        offer_to_pause()
+        with torch.inference_mode():
+            timed[i] = _run(record, rows, everyone[i], seed, 0)
+    with torch.inference_mode():
+        projection = record.w_o.t().float()
+        for i, each in enumerate(everyone):
+            each.add(timed[i], timed[0], projection)
+        return squares(timed[0].result.out, projection)
+
+
+def recorded_layers(model: Model, tokens: int, recorded_bytes: int | None = None) -> int:
+    """Layers whose inputs are recorded in one reading: as many as fit, 1 at least."""
     layers = model.info.applied_layers
-    at_once = max(1, MAX_RECORDED_BYTES // max(_bytes(model, layer, len(token_ids)) for layer in layers))
+    limit = MAX_RECORDED_BYTES if recorded_bytes is None else recorded_bytes
+    return min(max(1, limit // max(layer_bytes(model, layer, tokens) for layer in layers)), len(layers))
+
+
+def layer_bytes(model: Model, layer: int, tokens: int) -> int:
+    """Queries, keys and values of one layer."""
+    plan, itemsize = model._network.plan.layers[layer], model._network.body.dtype.itemsize
+    keys_and_values = plan.shape.num_kv_heads * (plan.shape.key_dim + plan.shape.value_dim)
+    return tokens * (plan.num_heads * plan.shape.key_dim + keys_and_values) * int(itemsize)
+
+
+def _records(
+    model: Model, token_ids: Sequence[int], layers: Sequence[int], at_once: int, chunk_tokens: int
+) -> Iterator[LayerRecord]:
+    """Layer by layer; what was handed out is let go of."""
     for first in range(0, len(layers), at_once):
         records = record_layers(model._network, token_ids, layers[first : first + at_once], chunk_tokens)
         while records:
             yield records.pop(0)
-
-
-def _bytes(model: Model, layer: int, tokens: int) -> int:
-    plan, itemsize = model._network.plan.layers[layer], model._network.body.dtype.itemsize
-    keys_and_values = plan.shape.num_kv_heads * (plan.shape.key_dim + plan.shape.value_dim)
-    return tokens * (plan.num_heads * plan.shape.key_dim + keys_and_values) * int(itemsize)
 
 
 def _sample(document: int, layer: int, rung: int, row: ErrorRow) -> Sample:
@@ -68,16 +118,21 @@ def _sample(document: int, layer: int, rung: int, row: ErrorRow) -> Sample:
     )
 
 
-def time_exact(model: Model, token_ids: Sequence[int], chunk_tokens: int) -> Timing:
-    """Read once as served, a decoder's last logits or an encoder's hidden states wanted at the end."""
+def time_exact(
+    model: Model, token_ids: Sequence[int], chunk_tokens: int, clock: Clock = perf_counter
+) -> Timing:
+    """Read once as served, a decoder's last logits or an encoder's hidden states wanted at the end.
+    ``clock``: seconds, without those for which the reading was left."""
     tokens, choice, work = len(token_ids), Choice(EXACT, parse_params(EXACT)), Work()
+    at_end: Want = "logits" if "generate" in model.info.tasks else "hidden"
     sequence = model.open(tokens)
-    began = perf_counter()
-    for rows in chunks(tokens, chunk_tokens):
-        at_end: Want = "logits" if "generate" in model.info.tasks else "hidden"
-        want = at_end if rows.stop == tokens else "nothing"
-        step = model.step([Slice(sequence, token_ids[rows], choice, want, tokens)])
-        work.then(step.results[0].work)
-    total_ms = 1e3 * (perf_counter() - began)
-    sequence.close()
+    try:
+        began = clock()
+        for rows in chunks(tokens, chunk_tokens):
+            want = at_end if rows.stop == tokens else "nothing"
+            step = model.step([Slice(sequence, token_ids[rows], choice, want, tokens)])
+            work.then(step.results[0].work)
+        total_ms = 1e3 * (clock() - began)
+    finally:
+        sequence.close()
     return Timing(tokens, work.attention_ms, max(total_ms - work.attention_ms, 0.0))

@@ -13,6 +13,7 @@ from models.contract import (
     CacheUse,
     Choice,
     Flops,
+    Kept,
     Meter,
     ModelInfo,
     Prompt,
@@ -43,6 +44,7 @@ class DiagnoseState:
     def __init__(self) -> None:
         self.length = 0
         self.held_bytes = 0
+        self.kept: tuple[Kept, ...] = ()
         self.found: Diagnosis | None = None
 
     def close(self) -> None:

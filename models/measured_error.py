@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 class Verify:
     """How much of a request's attention is computed exactly a second time, to measure its error.
 
-    ``rows`` of a prompt that each layer draws by what its selection left out (None: the larger of 64 and a
-    64th of the prompt; ``"all"``: every row), beside its first and last 16 and 64 drawn evenly. Of generated
-    tokens one in 16 is looked at, ``"all"``: each. ``layers`` numbered as in ``ModelInfo.applied_layers``
-    (None: all of them); ``seed`` of the draw.
+    ``rows`` of a prompt that each layer draws by what its selection left out (None: a 64th of the prompt less
+    the 96 others, at least 64; ``"all"``: every row), beside its first and last 16 and 64 drawn evenly. Of
+    generated tokens one in 16 is looked at, ``"all"``: each. ``layers`` numbered as in
+    ``ModelInfo.applied_layers`` (None: all of them); ``seed`` of the draw.
     """
 
     rows: int | Literal["all"] | None = None

@@ -1,8 +1,10 @@
 """Measures the error of one sequence's attention, step by step: ``models.contract.Meter``.
 
 In every layer that is measured some rows are drawn (``kernels.math.row_error``) and computed exactly, over
-the same keys and values. What a step adds lies in a ``Reading`` of its own until it has succeeded, so that
-one that fails leaves the meter as it was.
+the same keys and values. A prompt's chunk has a few of them in each layer: they are held, their queries and
+what was served, until there are enough for one call over the keys, which are in the cache still. What a step
+adds lies in a ``Reading`` of its own until it has succeeded, so that one that fails leaves the meter as it
+was.
 
 Where a call kept every pair and approximated nothing, what it computed is the exact output: its rows are
 drawn like any others, so that chunks do not matter, but not computed again.
@@ -10,7 +12,7 @@ drawn like any others, so that chunks do not matter, but not computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +26,9 @@ from models.seam import LayerPlan
 
 DRAWN_AHEAD = 512
 """Decode steps whose draws are made together: one by one they would cost more than the rows."""
+HELD_ROWS = 48
+"""Rows of a layer from which on they are computed: with 8 at a time, as many as a chunk of 512 rows of a long
+prompt has, reading the keys and the calls themselves cost as much again."""
 
 
 class PromptDraws:
@@ -66,19 +71,63 @@ def part(drawn: DrawnRows, rows: slice) -> DrawnRows:
     return DrawnRows(drawn.positions[rows], drawn.probability[rows], drawn.uniform[rows])
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Drawn rows of one layer before they are computed: q [1, H, R, D], used [1, H, R, Dv]; ``exact`` bool
+    [R], on the CPU: what was used is exact attention's."""
+
+    drawn: DrawnRows
+    exact: Tensor
+    q: Tensor
+    used: Tensor
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.used.nbytes
+
+    def part(self, rows: slice) -> Held:
+        return Held(part(self.drawn, rows), self.exact[rows], self.q[:, :, rows], self.used[:, :, rows])
+
+
+def together(held: Sequence[Held]) -> Held:
+    """One after another."""
+    if len(held) == 1:
+        return held[0]
+    drawn = [(each.drawn.positions, each.drawn.probability, each.drawn.uniform) for each in held]
+    return Held(
+        DrawnRows(*(torch.cat(column) for column in zip(*drawn, strict=True))),
+        torch.cat([each.exact for each in held]),
+        torch.cat([each.q for each in held], 2),
+        torch.cat([each.used for each in held], 2),
+    )
+
+
 @dataclass(frozen=True)
 class LayerMeter:
-    """What is known of one layer. ``approximated``: some call did not keep every pair."""
+    """What is known of one layer. ``held`` rows are still to be computed; ``uncounted`` are the rows of the
+    steps that these were drawn in, and their residual's squares (None: not known), which go to the totals
+    with them. ``approximated``: some call did not keep every pair."""
 
     place: Place
     draws: PromptDraws | DecodeDraws
     errors: RowErrors
+    held: tuple[Held, ...] = ()
+    uncounted: tuple[int, float | None] = (0, 0.0)
     approximated: bool = False
+
+    @property
+    def num_held(self) -> int:
+        return sum(map(len, self.held))
 
 
 @dataclass(frozen=True)
 class _State:
     layers: Mapping[int, LayerMeter]
+    last: int | None
+    """The position at which nothing more is waited for; None where rows are never held."""
     next_position: int = 0
     cost_s: float = 0.0
 
@@ -109,6 +158,21 @@ class Reading:
             self._changed[layer] = replace(of_layer, approximated=True)
         return drawn if drawn is not None and len(drawn) else None
 
+    def hold(self, layer: int, held: Held) -> None:
+        """Rows that were drawn, to be computed now or later."""
+        of_layer = self._own(layer)
+        self._changed[layer] = replace(of_layer, held=(*of_layer.held, held))
+
+    def due(self, layer: int, stop: int) -> Held | None:
+        """The rows held, if they are to be computed now that the layer was read up to ``stop``: they are then
+        no longer held. At the end of a prompt of which nothing was approximated they need not be."""
+        of_layer, last = self._own(layer), self._state.last
+        ends = last is not None and stop >= last
+        if not of_layer.held or not (ends or last is None or of_layer.num_held >= HELD_ROWS):
+            return None
+        self._changed[layer] = replace(of_layer, held=())
+        return None if ends and not of_layer.approximated else together(of_layer.held)
+
     def add(self, layer: int, drawn: DrawnRows, exact: Tensor, used: Tensor) -> None:
         """exact and used [1, H, R, Dv] of the drawn rows."""
         of_layer = self._own(layer)
@@ -123,12 +187,22 @@ class Reading:
         sums = torch.stack([*self._squares.values()]).tolist() if self._squares else []
         residual = dict(zip(self._squares, sums, strict=True))
         for layer in self._state.layers:
-            self._own(layer).errors.add_totals(num_rows, residual.get(layer))
+            self._count(layer, num_rows, residual.get(layer))
         self._stop = start + num_rows
+
+    def _count(self, layer: int, num_rows: int, squares: float | None) -> None:
+        of_layer = self._own(layer)
+        rows, before = of_layer.uncounted
+        uncounted = rows + num_rows, None if squares is None or before is None else before + squares
+        if not of_layer.held:
+            of_layer.errors.add_totals(*uncounted)
+            uncounted = 0, 0.0
+        self._changed[layer] = replace(of_layer, uncounted=uncounted)
 
     def after(self) -> _State:
         before = self._state
-        return _State({**before.layers, **self._changed}, self._stop, before.cost_s + self.cost_s)
+        layers = {**before.layers, **self._changed}
+        return _State(layers, before.last, self._stop, before.cost_s + self.cost_s)
 
     def _own(self, layer: int) -> LayerMeter:
         """The layer as this step leaves it."""
@@ -167,7 +241,8 @@ class SequenceMeter:
                     RowErrors(),
                 )
                 for layer, plan in plans.items()
-            }
+            },
+            last=None if decode else total,
         )
 
     def refusal(self, choice: Choice, start: int, n: int, total: int) -> str | None:
@@ -192,8 +267,14 @@ class SequenceMeter:
         """The step that made the reading has succeeded."""
         self._state = reading.after()
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the rows that are still to be computed: fewer than HELD_ROWS in each layer."""
+        return sum(held.nbytes for layer in self._state.layers.values() for held in layer.held)
+
     def measured(self) -> MeasuredError | None:
-        """So far; None while no row was looked at. Takes some milliseconds for every layer."""
+        """Of the rows computed so far, which at the end of the prompt are all; None while there are none.
+        Takes some milliseconds for every layer."""
         state, told = self._state, self._told
         if told is None or told[0] is not state:
             self._told = told = state, self._measure(state)

@@ -2,7 +2,10 @@
 
 ``models.calibrate`` measures one and ``models.auto`` plans with it. A profile is frozen and versioned, and
 belongs to the weights, the machine and the torch release it was measured with: with others its times, and
-with other weights its errors, say nothing.
+with other weights its errors, say nothing. Errors hold on other machines as well: where ``made.times`` is
+given they come from one (``models.calibrate_times``).
+
+Version 2 has ``made.times``; a file of version 1 is one without.
 
 Figures by length are tuples in the order of ``Profile.lengths``. The error is that of
 ``models.quality_error``: |(o^ - o) W_O| / |o W_O| over all rows of a layer, along exact's own trajectory.
@@ -20,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.contract import ModelError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+READ_VERSIONS = (1, SCHEMA_VERSION)
 EXACT = "exact"
 
 Nonnegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,8 +56,22 @@ class Text(_Part):
     sha256: str
 
 
+class Times(_Part):
+    """Where the times of a profile come from whose errors were measured elsewhere (with ``errors_from``):
+    this machine, on ``texts`` at ``tokens`` and on the inputs of ``layers``. At the other lengths and in the
+    other layers times are those of the errors' machine, raised or lowered as they were found to be here."""
+
+    errors_from: Stamp
+    date: str
+    seconds: Nonnegative
+    texts: tuple[Text, ...]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+
+
 class Made(_Part):
-    """How and when it was measured."""
+    """How and when it was measured: everything, or errors alone where ``times`` says where those come
+    from."""
 
     command: str
     date: str
@@ -61,6 +79,7 @@ class Made(_Part):
     chunk_tokens: int
     seed: int
     texts: tuple[Text, ...]
+    times: Times | None = None
 
 
 class Length(_Part):
@@ -116,7 +135,7 @@ class Ladder(_Part):
 class Profile(_Part):
     """The whole."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     stamp: Stamp
     made: Made
     lengths: Annotated[tuple[Length, ...], Field(min_length=1)]
@@ -124,6 +143,8 @@ class Profile(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.schema_version == 1 and self.made.times is not None:
+            raise ValueError("a profile of schema version 1 has no made.times")
         for one, next_one in pairwise(self.lengths):
             if one.tokens >= next_one.tokens:
                 raise ValueError(f"lengths do not ascend: {one.tokens} before {next_one.tokens}")
@@ -173,10 +194,9 @@ def _parse(file: Path) -> Profile:
         version = json.loads(text).get("schema_version")
     except (json.JSONDecodeError, AttributeError):
         raise ModelError(f"{file} is no profile: it holds no JSON object. {_ADVICE}") from None
-    if version != SCHEMA_VERSION:
-        raise ModelError(
-            f"profile {file} has schema version {version}, this release reads {SCHEMA_VERSION}. {_ADVICE}"
-        )
+    if version not in READ_VERSIONS:
+        read = " and ".join(map(str, READ_VERSIONS))
+        raise ModelError(f"profile {file} has schema version {version}, this release reads {read}. {_ADVICE}")
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from models.quality_contenders import key_of
 from models.quality_error import ErrorRow
@@ -12,6 +13,8 @@ from models.quality_ladders import EXACT, REMAINDER
 
 TIME_BUDGETS = (0.25, 0.35, 0.50, 0.75)
 """Shares of exact's attention time."""
+
+R = TypeVar("R")
 
 
 def best_within(rows: Sequence[ErrorRow], budget: float) -> list[ErrorRow]:
@@ -83,8 +86,13 @@ def error_in_time(rows: Sequence[ErrorRow], time_share: float) -> float | None:
 
 def pareto(rows: Sequence[ErrorRow]) -> list[ErrorRow]:
     """The settings that no other beats in both time and error, cheapest first."""
-    front: list[ErrorRow] = []
-    for row in sorted(rows, key=lambda row: (row.time_share, row.error)):
-        if not front or row.error < front[-1].error:
+    return front_of(rows, lambda row: row.time_share, lambda row: row.error)
+
+
+def front_of(rows: Sequence[R], cost: Callable[[R], float], loss: Callable[[R], float]) -> list[R]:
+    """Those that no other beats in both, cheapest first."""
+    front: list[R] = []
+    for row in sorted(rows, key=lambda row: (cost(row), loss(row))):
+        if not front or loss(row) < loss(front[-1]):
             front.append(row)
     return front

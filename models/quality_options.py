@@ -25,13 +25,25 @@ def common_parser(prog: str, told: str) -> argparse.ArgumentParser:
     add("--layers", type=positive, metavar="N", help="measure every N-th layer's error (1; long texts: 3)")
     add("--repeat", type=positive, default=1, metavar="N", help="calls per error time; the least counts")
     add("--seed", type=natural, default=0)
+    add_contenders(parser)
+    add_outputs(parser)
+    return parser
+
+
+def add_contenders(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--backends", nargs="+", choices=backend_names(), metavar="NAME", help="default: all")
     add("--contenders", metavar="JSON", help='instead of the ladders: {"window": [{"window": 512}], ...}')
+
+
+def add_outputs(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+    """Files that are written: they say nothing of what is measured."""
+    add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="results, written as they come")
     add("--resume", action="store_true", help="add to the results in --json what they lack")
     add("--markdown", type=Path, metavar="FILE", help="tables go there instead of to the screen")
-    add("--plot", type=Path, metavar="PREFIX", help="writes PREFIX-4k.png and so on")
-    return parser
+    if plot:
+        add("--plot", type=Path, metavar="PREFIX", help="writes PREFIX-4k.png and so on")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +68,7 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     options = parser.parse_args(argv)
     if options.resume and options.json is None:
         parser.error("--resume needs --json")
-    if options.contenders is not None and options.backends is not None:
+    if getattr(options, "contenders", None) is not None and options.backends is not None:
         parser.error("--contenders already names its backends; give one of --contenders and --backends")
     options.command = _command(parser, options)
     return options

@@ -41,6 +41,17 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A perplexity against exact's over the same tokens. ``percent`` with its standard error over blocks of
+    tokens, None where there is only one."""
+
+    perplexity: float
+    exact_perplexity: float
+    percent: float
+    standard_error_percent: float | None
+
+
+@dataclass(frozen=True)
 class PerplexityRow:
     """One contender's reading against the last exact one before it. ``change_percent`` of the perplexity,
     with its standard error over blocks of tokens, None where there is only one."""
@@ -94,25 +105,36 @@ def compare(
     """ValueError where no token is left after the first ``skipped``."""
     if tokens <= skipped:
         raise ValueError(f"{tokens} tokens leave none to score after the first {skipped}")
-    surprise, exact_surprise = -reading.scores.double()[skipped:], -exact.scores.double()[skipped:]
-    difference = surprise - exact_surprise
-    factor = math.exp(float(difference.mean()))
-    spread = standard_error(difference)
+    change = change_of(reading.scores[skipped:], exact.scores[skipped:])
     return PerplexityRow(
         tokens=tokens,
         backend=contender.backend,
         params=contender.params,
         full=contender.full,
-        perplexity=math.exp(float(surprise.mean())),
-        exact_perplexity=math.exp(float(exact_surprise.mean())),
-        change_percent=100 * (factor - 1),
-        standard_error_percent=None if spread is None else 100 * factor * spread,
+        perplexity=change.perplexity,
+        exact_perplexity=change.exact_perplexity,
+        change_percent=change.percent,
+        standard_error_percent=change.standard_error_percent,
         attention_s=reading.work.attention_ms / 1e3,
         selection_s=reading.work.selection_ms / 1e3,
         total_s=reading.total_s,
         exact_attention_s=exact.work.attention_ms / 1e3,
         exact_total_s=exact.total_s,
         density=reading.work.pairs_kept / reading.work.pairs_exact,
+    )
+
+
+def change_of(scores: Tensor, exact_scores: Tensor) -> Change:
+    """Of the same tokens' scores [n], in the order of the text."""
+    surprise, exact_surprise = -scores.double(), -exact_scores.double()
+    difference = surprise - exact_surprise
+    factor = math.exp(float(difference.mean()))
+    spread = standard_error(difference)
+    return Change(
+        math.exp(float(surprise.mean())),
+        math.exp(float(exact_surprise.mean())),
+        100 * (factor - 1),
+        None if spread is None else 100 * factor * spread,
     )
 
 

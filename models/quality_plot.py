@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from kernels.api import backend_names
 from models.contract import ModelError
@@ -31,6 +31,9 @@ _MARKS: dict[str, dict[str, Any]] = {"none": {}, "mean": {"markerfacecolor": "wh
 _TWIN_LINES = {"mean": ":", "gated": "--"}
 """Looks of each remainder, and of the line to the same setting without."""
 
+_NO_BACKEND = ("red", "*", 13)
+"""Look of what chooses among backends: colour, marker and its size."""
+
 Number = Callable[[Any], float]
 
 
@@ -42,6 +45,7 @@ class Panel:
     x: Number
     y: Number
     dress: Callable[[Any], None]
+    note: str = ""
 
 
 def pyplot() -> Any:
@@ -58,9 +62,19 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def write_plots(
-    results: Results, prefix: Path, panels_of: Callable[[Results, int], list[Panel]]
-) -> list[Path]:
+class Plotted(Protocol):
+    """Results of any run that has lengths."""
+
+    settings: dict[str, Any]
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+
+P = TypeVar("P", bound=Plotted)
+
+
+def write_plots(results: P, prefix: Path, panels_of: Callable[[P, int], list[Panel]]) -> list[Path]:
     """``prefix``-4k.png and so on: one per length, in order."""
     plt = pyplot()
     written = []
@@ -79,7 +93,7 @@ def decoder_panels(results: Results, tokens: int) -> list[Panel]:
 
 def error_panel(results: Results, tokens: int) -> Panel:
     errors = [row for row in results.errors if row.tokens == tokens]
-    return Panel(errors, _time_share, lambda row: max(row.error, LEAST_ERROR), _error_axes)
+    return Panel(errors, _time_share, lambda row: max(row.error, LEAST_ERROR), _error_axes, _LEAST_TOLD)
 
 
 def _time_share(row: Any) -> float:
@@ -101,8 +115,8 @@ def _write(plt: Any, panels: Sequence[Panel], title: str, file: Path) -> None:
     handles = {label: handle for axes in grid[0] for handle, label in _legend(axes)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     twins = any(row.full.get(REMAINDER, "none") != "none" for panel in panels for row in panel.rows)
-    note = f"{_TWINS_TOLD}; {_LEAST_TOLD}" if twins else _LEAST_TOLD
-    grid[0][0].set_title(note, loc="left", fontsize=8, color="0.35")
+    notes = [_TWINS_TOLD] * twins + [panel.note for panel in panels if panel.note]
+    grid[0][0].set_title("; ".join(notes), loc="left", fontsize=8, color="0.35")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -128,21 +142,29 @@ def _error_axes(axes: Any) -> None:
 
 
 def _perplexity_axes(axes: Any) -> None:
+    change_axes(axes)
+    axes.set_xlabel("attention time as served, share of exact")
+
+
+def change_axes(axes: Any) -> None:
+    """The change of perplexity against a share of exact's time."""
     time_axis(axes)
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW_PERCENT)
     ticks = (-1, -0.1, 0, 0.1, 1, 10, 100, 1000)
     axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
     axes.axhline(0.0, color="0.6", linewidth=1)
-    axes.set_xlabel("attention time as served, share of exact")
     axes.set_ylabel("change of perplexity against exact")
 
 
 def _scatter(axes: Any, rows: Sequence[Any], x: Number, y: Number) -> None:
     """One colour and marker per backend; its main ladder joined, remainder variants joined to their twins."""
-    names = [name for name in backend_names() if name != EXACT]
+    names = dict.fromkeys([*backend_names(), *(row.backend for row in rows)])
+    names.pop(EXACT, None)
     for number, name in enumerate(names):
         mine = [row for row in rows if row.backend == name]
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker, size = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], 6
+        if name not in backend_names():
+            colour, marker, size = _NO_BACKEND
         for remainder, ladder in _ladders(mine):
             plain = remainder == "none"
             points = sorted((x(row), y(row)) for row in ladder)
@@ -150,7 +172,7 @@ def _scatter(axes: Any, rows: Sequence[Any], x: Number, y: Number) -> None:
                 *zip(*points, strict=True),
                 linestyle="-" if plain else "",
                 linewidth=1,
-                markersize=6,
+                markersize=size,
                 label=name if plain else None,
                 color=colour,
                 marker=marker,

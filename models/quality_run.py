@@ -14,7 +14,7 @@ from models.contract import ModelError
 from models.errors import NonFiniteOutput
 from models.quality_contenders import Contender
 from models.quality_error import ErrorRow, measure_errors
-from models.quality_plot import Panel, write_plots
+from models.quality_plot import P, Panel, write_plots
 from models.quality_record import record_layers
 from models.quality_store import Results, save
 from models.runner import Model
@@ -95,13 +95,17 @@ def _tell_error(row: ErrorRow) -> None:
 
 def write_report(
     options: argparse.Namespace,
-    results: Results,
-    markdown: Callable[[Results, Sequence[str]], str],
-    panels_of: Callable[[Results, int], list[Panel]],
+    results: P,
+    markdown: Callable[[P, Sequence[str]], str],
+    panels_of: Callable[[P, int], list[Panel]],
 ) -> None:
     plots = write_plots(results, options.plot, panels_of) if options.plot else []
     base = options.markdown.parent if options.markdown else Path()
-    text = markdown(results, [os.path.relpath(plot, base) for plot in plots])
+    write_page(options, markdown(results, [os.path.relpath(plot, base) for plot in plots]))
+
+
+def write_page(options: argparse.Namespace, text: str) -> None:
+    """To --markdown, or the screen."""
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
     else:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from models.quality_contenders import key_of
 from models.quality_error import ErrorRow
@@ -18,6 +18,16 @@ MACHINE = ("processor", "threads", "torch")
 """What of the context times depend on."""
 
 Row = TypeVar("Row", ErrorRow, PerplexityRow, RetrievalRow)
+
+
+class Stored(Protocol):
+    """Results of any run: a dataclass with what decides them, and when and where they were taken."""
+
+    settings: dict[str, Any]
+    context: dict[str, Any]
+
+
+R = TypeVar("R", bound=Stored)
 
 
 @dataclass
@@ -54,10 +64,10 @@ def _has(rows: list[Row], tokens: int, key: str) -> bool:
     return any(row.tokens == tokens and key_of(row.backend, row.full) == key for row in rows)
 
 
-def save(results: Results, file: Path) -> None:
+def save(results: Stored, file: Path) -> None:
     """Write everything; an interruption leaves the former file whole."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")  # type: ignore[call-overload]
     os.replace(part, file)
 
 
@@ -79,21 +89,25 @@ def load(file: Path) -> Results:
 def open_results(
     file: Path | None, resume: bool, settings: Mapping[str, Any], context: Mapping[str, Any]
 ) -> Results:
-    """New results, or those of ``file`` to go on with. ValueError where the file is there and ``resume`` was
-    not asked for, or where its settings differ."""
-    fresh = Results(dict(settings), dict(context))
+    """New results, or those of ``file`` to go on with. ValueError as ``open_stored``."""
+    return open_stored(file, resume, Results(dict(settings), dict(context)), load)
+
+
+def open_stored(file: Path | None, resume: bool, fresh: R, read: Callable[[Path], R]) -> R:
+    """``fresh`` results, or those of ``file`` to go on with. ValueError where the file is there and
+    ``resume`` was not asked for, or where its settings differ."""
     if file is None or not file.exists():
         return fresh
     if not resume:
         raise ValueError(f"{file} is there already: give --resume to go on with it, or another --json")
-    found = load(file)
+    found, settings = read(file), fresh.settings
     told = _differences(found.settings, settings, sorted({**found.settings, **settings}))
     if told:
         raise ValueError(f"{file} was measured with other settings: {told}. Give another --json")
     return found
 
 
-def begin(results: Results, context: Mapping[str, Any], load: float) -> None:
+def begin(results: Stored, context: Mapping[str, Any], load: float) -> None:
     """Note a run that is about to measure. ValueError where it would add times of another machine to those in
     ``results``."""
     if told := _differences(results.context, context, MACHINE):

@@ -103,6 +103,11 @@ def passages_of(
     return found
 
 
+def sentence_ends(text: str) -> list[int]:
+    """Where sentences end, the white space behind them not included."""
+    return [match.start() + len(match[0].rstrip()) for match in _SENTENCE.finditer(text)]
+
+
 def _passage(text: str, begin: int, tokenizer: Tokenizer, prefix: str, tokens: int) -> Passage | None:
     """Cut behind ``tokens`` tokens as truncating tokenizers do: special tokens at the end stay."""
     length = 8 * tokens

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from models.contract import Choice as AttentionChoice
-from models.contract import MeasuredError, Work
-from service.attention import Chosen
+from models.contract import MeasuredError, Verify, Work
+from service.auto_answers import Budget, PlannedLayer, told_auto
+from service.chosen import Chosen, ChosenAuto, exact_choice
 from service.error_answers import MeasuredErrorAnswer, both_phases, told_error
 from service.jobs import Job, leads
-from service.measured import none_of
+from service.measured import none_of, worst_of
 from service.record import Record
 from service.sequences import GenerateSequence
 
@@ -54,6 +54,21 @@ class AttentionUsed(BaseModel):
     )
     impl: str
     fallback_reason: str | None = None
+    plan: list[PlannedLayer] | None = Field(
+        None,
+        description="of auto, where all inputs have the same one: what ran layer by layer, fit to be sent as "
+        "'plan'",
+    )
+    plans: list[list[PlannedLayer]] | None = Field(
+        None, description="of auto, where inputs have different plans: one for each, in order"
+    )
+    plan_reason: str | None = Field(
+        None, description="of auto: why the plan is as it is; 'replayed' where it was given"
+    )
+    plan_reasons: list[str] | None = Field(
+        None, description="of auto, where plan_reason differs from input to input: one for each, in order"
+    )
+    budget: Budget | None = Field(None, description="of auto with max_error: whether it was kept")
     measured_error: MeasuredErrorAnswer | None = Field(
         None,
         description="how far the attention's output was from exact; null where nobody looked (ask with "
@@ -152,23 +167,25 @@ class ScoreAnswer(Measured):
 
 @dataclass(frozen=True)
 class Attended:
-    """The attention of one request: of prefill, and of decode where the request named it apart."""
+    """The attention of one request: of prefill, and of decode. ``split`` where the request named them
+    apart."""
 
-    prefill: Chosen
+    prefill: Chosen | ChosenAuto
     decode: Chosen
     split: bool = False
 
     @classmethod
-    def one(cls, chosen: Chosen) -> Attended:
+    def one(cls, chosen: Chosen | ChosenAuto) -> Attended:
+        """Where nothing is decoded, or the same attention decodes."""
+        if isinstance(chosen, ChosenAuto):
+            exact = exact_choice(chosen.spec.seed)
+            return cls(chosen, Chosen("exact", exact, verify=chosen.verify, path=chosen.path))
         return cls(chosen, chosen)
 
     @property
-    def choices(self) -> tuple[AttentionChoice, AttentionChoice]:
-        return self.prefill.choice, self.decode.choice
-
-    @property
     def label(self) -> str:
-        return self.prefill.choice.backend
+        """As metrics have it."""
+        return self.prefill.used
 
 
 def usage_of(record: Record) -> Usage:
@@ -184,33 +201,37 @@ def attention_of(job: Job, attended: Attended) -> AttentionUsed:
     prefill = _sum([sequence.prefill_work for sequence in job.sequences])
     decode = _sum([sequence.decode_work for sequence in job.sequences])
     layers = list(job.model.info.applied_layers)
-    error = _error_of(attended.prefill, job, job.measured.prefill, _rows_read(job))
-    decode_error = _error_of(attended.decode, job, job.measured.decode, _rows_decoded(job))
+    planned = told_auto(attended.prefill, job.sequences) if isinstance(attended.prefill, ChosenAuto) else {}
+    error = _error_of(attended.prefill.verify, job, job.measured.prefill, _exact_rows_read(job))
+    decode_error = _error_of(attended.decode.verify, job, job.measured.decode, _exact_rows_decoded(job))
     if not attended.split:
         used = _used(attended.prefill, _sum([prefill, decode]), layers)
-        return used.model_copy(update={"measured_error": both_phases(error, decode_error)})
+        return used.model_copy(update={"measured_error": both_phases(error, decode_error), **planned})
     used = _used(attended.prefill, prefill, layers)
     decoded = _used(attended.decode, decode, layers).model_copy(update={"measured_error": decode_error})
-    return used.model_copy(update={"measured_error": error, "decode": decoded})
+    return used.model_copy(update={"measured_error": error, "decode": decoded, **planned})
 
 
-def _error_of(chosen: Chosen, job: Job, found: MeasuredError | None, rows: int) -> MeasuredErrorAnswer | None:
-    """``rows``: as many as were computed."""
-    asked = chosen.verify
-    if asked is not None and chosen.choice.backend == "exact":
-        found = none_of(asked.layers or job.model.info.applied_layers, rows)
+def _error_of(
+    asked: Verify | None, job: Job, found: MeasuredError | None, exact_rows: int
+) -> MeasuredErrorAnswer | None:
+    """``found`` by meters. What exact attention computed needs none: of its rows there is no error."""
+    if asked is not None:
+        exact = none_of(sorted(asked.layers or job.model.info.applied_layers), exact_rows)
+        found = worst_of([each for each in (found, exact) if each is not None])
     return told_error(found, with_layers=asked is not None)
 
 
-def _rows_read(job: Job) -> int:
-    """Tokens of prompts, without those that came from the cache."""
-    return sum(s.prompt_tokens - s.cached_tokens for s in job.sequences if leads(s))
+def _exact_rows_read(job: Job) -> int:
+    """Tokens of prompts that were read with exact, without those that came from the cache."""
+    exact = (s for s in job.sequences if leads(s) and s.choice.backend == "exact")
+    return sum(s.prompt_tokens - s.cached_tokens for s in exact)
 
 
-def _rows_decoded(job: Job) -> int:
-    """New tokens that were read for the next one."""
+def _exact_rows_decoded(job: Job) -> int:
+    """New tokens that were read with exact for the next one."""
     generated = (s for s in job.sequences if isinstance(s, GenerateSequence))
-    return sum(max(len(sequence.tokens) - 1, 0) for sequence in generated)
+    return sum(max(len(s.tokens) - 1, 0) for s in generated if s.decode_choice.backend == "exact")
 
 
 def stats_of(job: Job, record: Record, now: float) -> Stats:
@@ -240,11 +261,11 @@ def stats_of(job: Job, record: Record, now: float) -> Stats:
     )
 
 
-def _used(chosen: Chosen, work: Work, layers: list[int]) -> AttentionUsed:
+def _used(chosen: Chosen | ChosenAuto, work: Work, layers: list[int]) -> AttentionUsed:
     return AttentionUsed(
         requested=chosen.requested,
-        used=chosen.choice.backend,
-        params=chosen.choice.params.model_dump(mode="json"),
+        used=chosen.used,
+        params=chosen.params,
         applied_layers=layers,
         density=_ratio(work.pairs_kept, work.pairs_exact),
         density_per_head=_density_per_head(work, len(layers)),

@@ -2,28 +2,35 @@
 
 Two steps, since the first needs no model: ``parse`` turns JSON into a ``Spec``; ``choose`` checks it
 against the model and applies ``fallback`` where the request permits it. Nothing is substituted otherwise.
+``auto`` takes a third, ``service.auto.resolve``: its choice depends on the length of each input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kernels.api import MAX_PROBLEMS, too_many
+from kernels.api import MAX_PROBLEMS
 from kernels.contract import Backend, Params
-from kernels.registry import BACKENDS, UnknownBackend, load
+from kernels.registry import load
 from models.contract import Choice, ServedModel, Verify
+from models.planned import AUTO
+from service.attention_params import backend_of, bad_params, params_of
+from service.auto_spec import AUTO_FIELDS, AutoSpec, check_plan, is_auto, parse_auto, replayed
+from service.chosen import Chosen as Chosen
+from service.chosen import ChosenAuto as ChosenAuto
+from service.chosen import exact_choice as exact_choice
 from service.errors import ApiError, invalid
-from service.validation import first_problem, shown_name
+from service.validation import first_problem
 from service.verify_spec import check_layers, parse_verify
 
 MAX_SEED = (1 << 63) - 1
 MAX_SPECS = 32
-NOT_YET = ("auto",)
 _FIELDS = ("backend", "params", "fallback", "seed", "verify")
+_OF_AUTO = ("max_error", "plan")
 
 Fallback = Literal["error", "exact"]
 
@@ -40,24 +47,19 @@ class Spec:
     verify: Verify | None = None
     """How its error is to be measured; None where nobody asked."""
 
+    @property
+    def name(self) -> str:
+        return self.backend.name
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a model will run for a spec: ``choice``, and why it is not what was asked for, where it is not;
-    and how its error is to be measured, where ``path`` asks for it."""
 
-    requested: str
-    choice: Choice
-    fallback_reason: str | None = None
-    verify: Verify | None = None
-    path: str = "attention"
+AnySpec = Spec | AutoSpec
 
 
 @dataclass(frozen=True)
 class SpecPair:
     """Attention of prefill and of decode. ``split`` where the request named them apart."""
 
-    prefill: Spec
+    prefill: AnySpec
     decode: Spec
     split: bool
 
@@ -73,7 +75,7 @@ class _Envelope(BaseModel):
     verify: Any = None
 
 
-def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
+def parse(raw: object, *, path: str = "attention", seed: int = 0) -> AnySpec:
     """``None`` (exact), a backend's name, or an object -> Spec. ``seed`` where the spec names none."""
     if raw is None:
         raw = "exact"
@@ -81,31 +83,42 @@ def parse(raw: object, *, path: str = "attention", seed: int = 0) -> Spec:
         raw = {"backend": raw}
     if not isinstance(raw, Mapping):
         raise invalid(f"{path} must be a backend's name or an object with 'backend'", path)
-    _refuse_not_yet(raw, path)
     if len(raw) > len(_FIELDS) + MAX_PROBLEMS:
-        raise _bad_params(path, f"has {len(raw):,} fields", f"allowed fields: {', '.join(_FIELDS)}", {})
+        allowed = AUTO_FIELDS if is_auto(raw) else _FIELDS
+        raise bad_params(path, f"has {len(raw):,} fields", f"allowed fields: {', '.join(allowed)}", {})
+    return parse_auto(raw, path, seed, MAX_SEED) if is_auto(raw) else _parse_one(raw, path, seed)
+
+
+def _parse_one(raw: Mapping[str, Any], path: str, seed: int) -> Spec:
+    _refuse_of_auto(raw, path)
     try:
         envelope = _Envelope.model_validate(dict(raw))
     except ValidationError as error:
         where, message, limits = first_problem(error)
         at = f"{path}.{where}" if where else path
-        raise _bad_params(at, message, f"allowed fields: {', '.join(_FIELDS)}", limits) from None
+        raise bad_params(at, message, f"allowed fields: {', '.join(_FIELDS)}", limits) from None
     if not 0 <= envelope.seed <= MAX_SEED:
         limits = {"ge": 0, "le": MAX_SEED}
-        raise _bad_params(f"{path}.seed", f"must be between 0 and {MAX_SEED}", "choose another seed", limits)
-    backend = _backend(envelope.backend, path)
-    params = _params(backend, envelope.params, path)
+        raise bad_params(f"{path}.seed", f"must be between 0 and {MAX_SEED}", "choose another seed", limits)
+    backend = backend_of(envelope.backend, path)
+    params = params_of(backend, envelope.params, path)
     used_seed = envelope.seed if "seed" in raw else seed
     verify = parse_verify(envelope.verify, f"{path}.verify", used_seed)
     return Spec(backend, params, envelope.fallback, used_seed, path, verify)
 
 
 def parse_pair(raw: object, *, path: str = "attention", seed: int = 0) -> SpecPair:
-    """As ``parse``; ``{"prefill": spec, "decode": spec}`` names them apart (a missing one is exact)."""
+    """As ``parse``; ``{"prefill": spec, "decode": spec}`` names them apart (a missing one is exact). After a
+    prompt under ``auto`` new tokens are read with exact, unless another is named."""
     if isinstance(raw, Mapping) and raw and set(raw) <= {"prefill", "decode"}:
         prefill = parse(raw.get("prefill"), path=f"{path}.prefill", seed=seed)
-        return SpecPair(prefill, parse(raw.get("decode"), path=f"{path}.decode", seed=seed), split=True)
+        decode = parse(raw.get("decode"), path=f"{path}.decode", seed=seed)
+        if isinstance(decode, AutoSpec):
+            raise _not_for(f"{path}.decode", "new tokens", "name a backend here, as 'exact'")
+        return SpecPair(prefill, decode, split=True)
     spec = parse(raw, path=path, seed=seed)
+    if isinstance(spec, AutoSpec):
+        return SpecPair(spec, _exact(spec), split=False)
     return SpecPair(spec, spec, split=False)
 
 
@@ -119,82 +132,90 @@ def parse_list(raw: object) -> list[SpecPair]:
     return [parse_pair(each, path=f"attention[{i}]") for i, each in enumerate(raw)]
 
 
-def choose(spec: Spec, model: ServedModel, *, decodes: bool = False, scores: bool = False) -> Chosen:
+def backend_alone(spec: AnySpec, for_what: str) -> Spec:
+    """400 where it is ``auto``."""
+    if isinstance(spec, AutoSpec):
+        raise _not_for(spec.path, for_what, "name a backend (GET /v1/attention/backends)")
+    return spec
+
+
+@overload
+def choose(spec: Spec, model: ServedModel, *, decodes: bool = ..., scores: bool = ...) -> Chosen: ...
+@overload
+def choose(spec: AutoSpec, model: ServedModel, *, decodes: bool = ..., scores: bool = ...) -> ChosenAuto: ...
+def choose(
+    spec: AnySpec, model: ServedModel, *, decodes: bool = False, scores: bool = False
+) -> Chosen | ChosenAuto:
     """The choice that ``model`` will run; 400 with every reason where it cannot and no fallback is
     permitted. ``decodes`` where it will have to read single tokens after a prompt, ``scores`` where the
-    likelihood of the prompt itself is asked for."""
-    choice = Choice(spec.backend.name, spec.params, spec.seed)
+    likelihood of the prompt itself is asked for. Of ``auto`` what can be said before anything is read."""
     if spec.verify is not None:
         check_layers(spec.verify, model.info, f"{spec.path}.verify.layers")
-    reasons = list(model.unsupported(choice))
-    able = spec.backend.capabilities
-    if decodes and not able.decode and not reasons:
+    if isinstance(spec, AutoSpec):
+        return _choose_auto(spec, model, scores)
+    choice = Choice(spec.name, spec.params, spec.seed)
+    reasons = _reasons(choice, model, scores)
+    if decodes and not spec.backend.capabilities.decode and not reasons:
         reasons.append("it cannot decode: choose another for 'decode' beside 'prefill'")
-    if scores and able.selection == "prompt" and (able.causal or not reasons):
+    if not reasons:
+        return Chosen(spec.name, choice, verify=spec.verify, path=spec.path)
+    if spec.fallback == "exact" and spec.name != "exact":
+        return Chosen(spec.name, exact_choice(spec.seed), "; ".join(reasons), spec.verify, spec.path)
+    way_out = "Choose another backend (GET /v1/attention/backends) or permit 'fallback': 'exact'."
+    raise unsupported(f"attention backend {spec.name!r}", model, reasons, way_out, spec.path)
+
+
+def selects_by_tile(choice: Choice) -> bool:
+    """Whether a row's keys may depend on later rows of its query tile, in some layer."""
+    return any(
+        load(part.backend).capabilities.selection == "tile" and part.params.chunk_multiple() > 1
+        for part in choice.parts
+    )
+
+
+def _choose_auto(spec: AutoSpec, model: ServedModel, scores: bool) -> ChosenAuto:
+    check_plan(spec, model.info)
+    if spec.given is not None:
+        choice, _ = replayed(spec)
+        reasons = _reasons(choice, model, scores)
+        if reasons:
+            way_out = "Send a plan from an answer of this model to such a request, or max_error."
+            raise unsupported("the plan given", model, reasons, way_out, f"{spec.path}.plan")
+    return ChosenAuto(spec, scores)
+
+
+def _reasons(choice: Choice, model: ServedModel, scores: bool) -> list[str]:
+    """Every reason why it cannot be run."""
+    reasons = list(model.unsupported(choice))
+    of_prompt = [
+        able for part in choice.parts if (able := load(part.backend).capabilities).selection == "prompt"
+    ]
+    if scores and of_prompt and (any(able.causal for able in of_prompt) or not reasons):
         reasons.append(
             "it selects keys by looking at the whole prompt, so scores of earlier tokens would depend on "
             "later ones; score with a backend whose selection is none, row or tile"
         )
-    if not reasons:
-        return Chosen(spec.backend.name, choice, verify=spec.verify, path=spec.path)
-    why = "; ".join(reasons)
-    if spec.fallback == "exact" and spec.backend.name != "exact":
-        return Chosen(spec.backend.name, exact_choice(spec.seed), why, spec.verify, spec.path)
-    raise ApiError(
-        "attention_not_supported",
-        f"attention backend {spec.backend.name!r} cannot serve model {model.info.name!r}: {why}. "
-        "Choose another backend (GET /v1/attention/backends) or permit 'fallback': 'exact'.",
-        param=spec.path,
-        limits={"reasons": list(reasons)},
-    )
+    return reasons
 
 
-def exact_choice(seed: int = 0) -> Choice:
-    return Choice("exact", load("exact").params(), seed)
+def unsupported(what: str, model: ServedModel, reasons: list[str], way_out: str, param: str) -> ApiError:
+    detail = f"{what} cannot serve model {model.info.name!r}: {'; '.join(reasons)}. {way_out}"
+    return ApiError("attention_not_supported", detail, param=param, limits={"reasons": list(reasons)})
 
 
-def selects_by_tile(choice: Choice) -> bool:
-    """Whether a row's keys may depend on later rows of its query tile."""
-    return load(choice.backend).capabilities.selection == "tile" and choice.params.chunk_multiple() > 1
+def _exact(spec: AutoSpec) -> Spec:
+    """What reads new tokens after a prompt under ``auto``."""
+    backend = load("exact")
+    return Spec(backend, backend.params(), seed=spec.seed, path=spec.path, verify=spec.verify)
 
 
-def _refuse_not_yet(raw: Mapping[str, Any], path: str) -> None:
-    for name in NOT_YET:
-        if raw.get("backend") == name or name in raw:
-            raise ApiError(
-                "attention_not_supported",
-                f"{path}: {name!r} is not available in this version; name a backend "
-                "(GET /v1/attention/backends lists them)",
-                param=path if raw.get("backend") == name else f"{path}.{name}",
-                limits={"known": list(BACKENDS)},
-            )
+def _not_for(path: str, what: str, way_out: str) -> ApiError:
+    detail = f"{path}: 'auto' plans how a prompt is read and is not for {what}; {way_out}"
+    return ApiError("attention_not_supported", detail, param=path)
 
 
-def _backend(name: str, path: str) -> Backend:
-    try:
-        return load(name)
-    except UnknownBackend as error:
-        raise ApiError(
-            "attention_not_supported",
-            f"{path}: there is no attention backend {shown_name(name)}; known: {', '.join(error.known)}",
-            param=path,
-            limits={"known": list(error.known)},
-        ) from None
-
-
-def _params(backend: Backend, raw: Mapping[str, Any], path: str) -> Params:
-    known = ", ".join(backend.params.model_fields) or "none"
-    if too_many(backend.params.model_fields, raw) is not None:
-        message = f"has {len(raw):,} fields"
-        raise _bad_params(f"{path}.params", message, f"params of {backend.name}: {known}", {})
-    try:
-        return backend.params.model_validate(dict(raw))
-    except ValidationError as error:
-        where, message, limits = first_problem(error)
-        at = f"{path}.params.{where}" if where else f"{path}.params"
-        raise _bad_params(at, message, f"params of {backend.name}: {known}", limits) from None
-
-
-def _bad_params(where: str, message: str, way_out: str, limits: Mapping[str, Any]) -> ApiError:
-    detail = f"{where}: {message} ({way_out})"
-    return ApiError("invalid_attention_params", detail, param=where, limits=limits)
+def _refuse_of_auto(raw: Mapping[str, Any], path: str) -> None:
+    for name in _OF_AUTO:
+        if name in raw:
+            way_out = f"ask for 'backend': '{AUTO}', or leave it out"
+            raise bad_params(f"{path}.{name}", f"goes with '{AUTO}' alone", way_out, {})

@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     add_settings(calibrate, only=("device", "dtype", "threads", "source", "cache_dir"))
     calibrate.set_defaults(run=_calibrate)
     commands.add_parser(
-        "bench", help="time the attention backends (arguments go to kernels.bench)", add_help=False
+        "bench",
+        help="time the attention backends (arguments go to kernels.bench); bench quality: what they lose",
+        add_help=False,
     )
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return top
@@ -198,7 +200,10 @@ def backends_markdown() -> str:
 def _bench(arguments: Sequence[str]) -> int:
     from subprocess import run
 
-    return run([sys.executable, "-m", "kernels.bench", *arguments], check=False).returncode
+    module, rest = "kernels.bench", arguments
+    if arguments[:1] == ["quality"]:
+        module, rest = "models.quality_long", arguments[1:]
+    return run([sys.executable, "-m", module, *rest], check=False).returncode
 
 
 def _version(options: argparse.Namespace) -> int:

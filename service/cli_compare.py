@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from service.cli_compare_table import notes, table
 from service.settings import ConfigError
 
+AUTO = "auto"
+"""What it takes stands beside its name: it has no params."""
 URL = "http://127.0.0.1:8000"
 MAX_TIMEOUT_S = 86_400
 LADDER = (
@@ -33,9 +35,8 @@ LADDER = (
 )
 """What is compared where nothing is named: of each family a cheap setting and a dear one."""
 _SPECS = (
-    "NAME, NAME:PARAM=VALUE,PARAM=VALUE, or the JSON of a spec; may be repeated. Without it: "
-    + " ".join(LADDER)
-    + ", those of them that the model can run"
+    "NAME, NAME:PARAM=VALUE,PARAM=VALUE, auto:max_error=0.1, or the JSON of a spec; may be repeated. "
+    "Without it: " + " ".join(LADDER) + ", those of them that the model can run"
 )
 
 Json = dict[str, Any]
@@ -117,7 +118,8 @@ def parse_spec(text: str) -> str | Json:
     name, colon, rest = text.partition(":")
     if not colon:
         return name
-    return {"backend": name, "params": dict(_param(each, text) for each in rest.split(","))}
+    given = dict(_param(each, text) for each in rest.split(","))
+    return {"backend": name, **given} if name == AUTO else {"backend": name, "params": given}
 
 
 def _param(text: str, whole: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,10 +44,30 @@ def notes(answer: Json, asked: Sequence[str]) -> list[str]:
             continue
         if result["attention"]["fallback_reason"] is not None:
             told.append(f"{name}: ran as exact: {result['attention']['fallback_reason']}")
+        if result["attention"].get("plan") is not None:
+            told.append(f"{name}: {_planned(result['attention'])}")
         if result["perplexity_missing"] is not None:
             told.append(f"{name}: no perplexity: {result['perplexity_missing']}")
         told += [f"{name}: {warning}" for warning in result["warnings"]]
     return told
+
+
+def _planned(attention: Json) -> str:
+    """What ``auto`` ran: layers by attention, why, and whether the budget was kept."""
+    counts = Counter(
+        " ".join([each["backend"], *(f"{name}={value}" for name, value in each["params"].items())])
+        for each in attention["plan"]
+    )
+    layers = ", ".join(f"{count} x {what}" for what, count in counts.most_common())
+    told = f"{attention['plan_reason']}: {layers}"
+    budget = attention["budget"]
+    if budget is None or not budget["rows"]:
+        return told
+    estimate = "no number" if budget["estimate"] is None else f"{budget['estimate']:.4f}"
+    kept = "within" if budget["within"] else "above"
+    repaired = len(budget["repaired_layers"])
+    told += f"; estimated error {estimate}, {kept} {budget['max_error']:g}"
+    return told + (f", {repaired} layers repaired" if repaired else "")
 
 
 def _error(name: str) -> Callable[[Json], Any]:

@@ -14,7 +14,11 @@ from typing import Any
 
 from models.contract import ServedModel, Verify
 from service.answers import Attended, MemoryStats, Usage, attention_of, stats_of
-from service.attention import MAX_SPECS, Chosen, Spec, choose, exact_choice, parse, selects_by_tile
+from service.attention import MAX_SPECS, AnySpec, choose, parse, selects_by_tile
+from service.auto import resolve_auto
+from service.auto_answers import told_exact
+from service.auto_spec import AutoSpec, check_plan
+from service.chosen import Chosen, ChosenAuto, exact_choice
 from service.compare_kinds import Kind, kind_of
 from service.compare_schema import Compared, CompareRequest, CompareStats
 from service.errors import ApiError, invalid
@@ -39,7 +43,7 @@ BY_TILE = (
 class Question:
     """A comparison as it was asked: its specs, each with how its error is to be measured, and exact's."""
 
-    specs: tuple[Spec, ...]
+    specs: tuple[AnySpec, ...]
     verify: Verify | None
     timing: bool
     asked: Asked
@@ -59,12 +63,14 @@ def question_of(body: CompareRequest, model: ServedModel) -> Question:
     return Question(tuple(told), verify, body.timing, Asked(body.timeout_ms, body.priority), warnings)
 
 
-def _spec(raw: object, path: str, model: ServedModel) -> Spec:
+def _spec(raw: object, path: str, model: ServedModel) -> AnySpec:
     if isinstance(raw, Mapping) and raw and set(raw) <= {"prefill", "decode"}:
         raise invalid(f"{path}: a comparison reads and does not decode; name the attention alone", path)
     spec = parse(raw, path=path)
     if spec.verify is not None:
         check_layers(spec.verify, model.info, f"{path}.verify.layers")
+    if isinstance(spec, AutoSpec):
+        check_plan(spec, model.info)
     return spec
 
 
@@ -85,7 +91,7 @@ def _verify_of(body: CompareRequest, model: ServedModel) -> tuple[Verify | None,
     return verify, ()
 
 
-def _with_verify(spec: Spec, raw: object, default: Verify | None) -> Spec:
+def _with_verify(spec: AnySpec, raw: object, default: Verify | None) -> AnySpec:
     says = isinstance(raw, Mapping) and raw.get("verify") is not None
     if says or default is None:
         return spec
@@ -113,18 +119,26 @@ class Comparison:
         self._exact_ms = found.prefill_ms
         return found.model_copy(update={"speedup": _ratio(self._exact_ms, self._exact_ms)})
 
-    async def under(self, spec: Spec, reference: Compared) -> Compared:
+    async def under(self, spec: AnySpec, reference: Compared) -> Compared:
         """One choice's figures, or its error."""
         try:
-            chosen = choose(spec, self._model)
-            if chosen.choice.backend == "exact":
+            chosen = await self._choose(spec)
+            if chosen.of(0).choice.backend == "exact":
                 return self._again(reference, chosen)
             found = await self._run(chosen)
         except ApiError as error:
             if error.code not in OF_ONE_CHOICE:
                 raise
-            return Compared(requested=spec.backend.name, error=self._told(error, spec))
+            return Compared(requested=spec.name, error=self._told(error, spec))
         return found.model_copy(update={"speedup": _ratio(self._exact_ms, found.prefill_ms)})
+
+    async def _choose(self, spec: AnySpec) -> Chosen | ChosenAuto:
+        """``auto`` with the plan of this document."""
+        chosen = choose(spec, self._model)
+        if isinstance(chosen, Chosen):
+            return chosen
+        timeout_ms = self._question.asked.timeout_ms
+        return await resolve_auto(self._flow, self._model, chosen, [self._tokens], timeout_ms)
 
     def finish(self) -> tuple[Usage, CompareStats]:
         """What the whole comparison took, also for the request's record."""
@@ -138,8 +152,8 @@ class Comparison:
             readings=self._readings, tokenize_ms=tokenize_ms, queue_ms=queue_ms, total_ms=total_ms
         )
 
-    async def _run(self, chosen: Chosen) -> Compared:
-        attended, sequence = Attended.one(chosen), self._kind.reading(chosen.choice)
+    async def _run(self, chosen: Chosen | ChosenAuto) -> Compared:
+        attended, sequence = Attended.one(chosen), self._kind.reading(chosen.of(0).choice)
         job = await self._read(sequence, attended)
         self._flow.finish_job(job, attended)
         now = self._flow.runtime.clock()
@@ -154,10 +168,10 @@ class Comparison:
             **{**figures, "memory": memory},
         )
 
-    async def _time(self, chosen: Chosen) -> dict[str, Any]:
+    async def _time(self, chosen: Chosen | ChosenAuto) -> dict[str, Any]:
         """How long reading takes where nothing but the next token is wanted, and what it holds."""
-        attended = Attended.one(replace(chosen, verify=None))
-        job = await self._read(self._kind.timed(chosen.choice), attended)
+        choice = chosen.of(0).choice
+        job = await self._read(self._kind.timed(choice), Attended.one(Chosen(chosen.requested, choice)))
         stats = stats_of(job, self._flow.record, self._flow.runtime.clock())
         waited = round(stats.tokenize_ms + stats.prefill_ms, 3) if "score" in self._model.info.tasks else None
         memory: MemoryStats = stats.memory
@@ -188,23 +202,26 @@ class Comparison:
         sequence.estimated_bytes += extra
         sequence.exact_bytes += extra
 
-    def _again(self, reference: Compared, chosen: Chosen) -> Compared:
-        """Exact's figures in the place of a choice that is exact, or was permitted to fall back to it."""
+    def _again(self, reference: Compared, chosen: Chosen | ChosenAuto) -> Compared:
+        """Exact's figures in the place of a choice that is exact, was planned as such, or was permitted to
+        fall back to it."""
         assert reference.attention is not None
         if chosen.fallback_reason is not None:
             self._flow.runtime.metrics.fallback.labels(chosen.requested, "exact", "unsupported").inc()
-        told = {"requested": chosen.requested, "fallback_reason": chosen.fallback_reason}
+        told: dict[str, Any] = {"requested": chosen.requested, "fallback_reason": chosen.fallback_reason}
+        if isinstance(chosen, ChosenAuto):
+            told |= {"used": chosen.used, "params": chosen.params, **told_exact(chosen)}
         attention = reference.attention.model_copy(update=told)
         return reference.model_copy(update={"requested": chosen.requested, "attention": attention})
 
-    def _told(self, error: ApiError, spec: Spec) -> Problem:
+    def _told(self, error: ApiError, spec: AnySpec) -> Problem:
         if error.param is None:
             error.param = spec.path
         return Problem.model_validate(error.problem(self._flow.record.request_id))
 
 
-def _warnings(chosen: Chosen, model: ServedModel) -> list[str]:
-    return [BY_TILE] if model.info.causal and selects_by_tile(chosen.choice) else []
+def _warnings(chosen: Chosen | ChosenAuto, model: ServedModel) -> list[str]:
+    return [BY_TILE] if model.info.causal and selects_by_tile(chosen.of(0).choice) else []
 
 
 def _ratio(exact_ms: float | None, own_ms: float | None) -> float | None:

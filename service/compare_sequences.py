@@ -22,23 +22,15 @@ class ComparedScores(ScoreSequence):
     def __init__(
         self, token_ids: list[int], choice: Choice, rows: Items[int], sink: Reference | Divergence
     ) -> None:
-        super().__init__(token_ids, choice)
+        super().__init__(token_ids, choice, reads_last=True)
         self._sampled = rows
         self.sink = sink
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.token_ids)
 
     def next_slice(self, state: SequenceState, tokens: int) -> Slice:
         start, end = state.length, state.length + tokens
         first, last = (bisect_left(self._sampled, position) for position in (start, end))
         rows = tuple(row - start for row in self._sampled[first:last])
-        targets = self.token_ids[start + 1 : end + 1]
-        if len(targets) < tokens:  # what follows the last token is not known: that score is thrown away
-            targets = [*targets, self.token_ids[-1]]
-        part = super().next_slice(state, tokens)
-        return replace(part, targets=targets, logit_rows=rows)
+        return replace(super().next_slice(state, tokens), logit_rows=rows)
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
         super().accept(result, read)
@@ -46,8 +38,6 @@ class ComparedScores(ScoreSequence):
             if not all_finite(result.row_logits):
                 raise NonFiniteOutput(0, "logits")
             self.sink.add(result.row_logits)
-        if self.finished:
-            self.scores.pop()
         return None
 
 

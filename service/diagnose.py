@@ -12,7 +12,7 @@ from models.contract import Choice, ServedModel, SliceResult, Want
 from models.diagnose_model import DiagnoseState, DiagnosingModel, can_diagnose
 from models.diagnose_told import MAX_TOKENS, Asked, Diagnosis
 from service.answers import stats_of, usage_of
-from service.attention import Chosen, Spec, choose, exact_choice, parse
+from service.attention import Chosen, Spec, backend_alone, choose, exact_choice, parse
 from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest, Question, SupportUsed
 from service.errors import ApiError, invalid
 from service.flow import Flow
@@ -73,8 +73,9 @@ def support_of(body: DiagnoseRequest, model: ServedModel) -> Chosen:
 
 def _support_spec(body: DiagnoseRequest) -> Spec:
     if body.support is None:
-        return parse({"backend": "sinks", "params": {"window": body.budget}}, path="support")
-    spec = parse(body.support, path="support")
+        given: object = {"backend": "sinks", "params": {"window": body.budget}}
+        return backend_alone(parse(given, path="support"), "a diagnosis")
+    spec = backend_alone(parse(body.support, path="support"), "the support of a diagnosis")
     if spec.verify is not None:
         raise invalid("support.verify: a diagnosis compares with exact attention anyway", "support.verify")
     return spec

@@ -15,7 +15,7 @@ from models.diagnose_told import (
     Regime,
 )
 from service.answers import Stats, Usage
-from service.attention_schema import AttentionSpec
+from service.attention_schema import BackendSpec
 from service.schemas import ModelName, OneInput, Priority, Seed, Strict, TimeoutMs
 
 MAX_LAYERS = 4096
@@ -43,7 +43,7 @@ class DiagnoseRequest(Strict):
     model: ModelName | None = Field(None, description="may be left out where one model alone is served")
     input: OneInput = Field(description=f"at most {MAX_TOKENS:,} tokens")
     layers: Layers = Field("all", description="out of the model's applied_layers; each takes time")
-    support: AttentionSpec | None = Field(
+    support: BackendSpec | None = Field(
         None, description="whose kept mass is told; by default sinks with a window of the budget"
     )
     budget: int = Field(

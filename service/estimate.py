@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from kernels.registry import load
 from models.contract import Choice, Flops, Prompt, ServedModel, Want
-from service.attention import exact_choice
+from service.chosen import exact_choice, is_guarded
 from service.cost import Basis, CostModel
 from service.measured import Effort
 from service.schedule import CHUNK_MULTIPLE
@@ -96,7 +96,7 @@ def verify_ms(model: ServedModel, costs: CostModel, share: float, start: int, to
 
 def cached_tokens_of(model: ServedModel, token_ids: Sequence[int], choice: Choice, salt: str) -> int:
     """Tokens of the prompt that a generation would find in the cache now."""
-    if not model.info.causal:
+    if not model.info.causal or is_guarded(choice):
         return 0
     return min(model.cached_tokens(Prompt(token_ids, choice, salt)), len(token_ids) - 1)
 
@@ -130,8 +130,8 @@ def _bytes(model: ServedModel, plan: Plan, choice: Choice) -> int:
 
 
 def looks_ahead(choice: Choice) -> bool:
-    """Whether its keys are chosen by looking at the whole prompt, so that it must be read whole."""
-    return load(choice.backend).capabilities.selection == "prompt"
+    """Whether some layer chooses keys by looking at the whole prompt, so that it must be read whole."""
+    return any(load(part.backend).capabilities.selection == "prompt" for part in choice.parts)
 
 
 def summed(value: Callable[[int], float], count: int) -> float:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from kernels.peak import give_back_free_memory
 from models.contract import ModelError, ServedModel
 from service.errors import ApiError, invalid
-from service.loading import in_daemon_thread, warm_up
+from service.loading import in_daemon_thread, measure_profile, warm_up
 from service.logs import log_failure
 from service.runtime import Runtime
 from service.schedule import served_name
@@ -46,6 +46,7 @@ async def _loaded(runtime: Runtime, name: str, source: str, load: Load) -> Serve
     [model] = (await in_daemon_thread(lambda: load(settings))).values()
     try:
         await warm_up(runtime, model)
+        await measure_profile(runtime, model)
         runtime.check_serving()  # it may have been told to stop meanwhile
     except Exception:
         await _drained(runtime, model)

@@ -19,14 +19,14 @@ from starlette.responses import Response
 
 from models.contract import ServedModel, Task
 from service.answers import Attended, attention_of
-from service.attention import exact_choice
+from service.chosen import ChosenAuto, exact_choice
 from service.error_answers import largest_estimate
 from service.errors import ApiError
 from service.jobs import Channel, Job, Times, leads
 from service.measured import SAMPLED
 from service.meters import attach, is_measured, measured_of
 from service.record import Record
-from service.report import observe_job, observe_request
+from service.report import observe_auto, observe_job, observe_request
 from service.runtime import Runtime
 from service.sequences import Sequence, TokenOut
 from service.sizes import sequence_bytes, with_way_out
@@ -119,12 +119,12 @@ class Flow:
         )
         job.deadline, job.queue_deadline = self.deadlines(asked.timeout_ms)
         chunk = self.runtime.settings.prefill_chunk_tokens
-        choices = list({id(choice): choice for choice in attended.choices}.values())
         sampling = self.runtime.sampling if record.operation in SAMPLED else None
         job.verify_cause = attach(model, sequences, attended.prefill, attended.decode, sampling)
         for sequence in sequences:
             sequence.output_bytes = sequence.kept_vectors * model.info.embedding_dim * FP32_BYTES
-            sequence.estimated_bytes = sequence_bytes(model, sequence, choices, chunk)
+            choices = dict.fromkeys((sequence.choice, sequence.decode_choice))
+            sequence.estimated_bytes = sequence_bytes(model, sequence, [*choices], chunk)
             sequence.exact_bytes = sequence_bytes(model, sequence, [exact_choice()], chunk, measured=False)
         job.memory.estimated_bytes = sum(sequence.estimated_bytes for sequence in sequences)
         job.memory.exact_bytes = sum(sequence.exact_bytes for sequence in sequences)
@@ -204,10 +204,11 @@ class Flow:
         error = job.measured.prefill
         record.measured_error = None if error is None else largest_estimate(error)
         observe_job(self.runtime, record, job)
+        if isinstance(attended.prefill, ChosenAuto):
+            observe_auto(self.runtime, record, job, attended.prefill)
         for chosen in [attended.prefill, *([attended.decode] if attended.split else [])]:
             if chosen.fallback_reason is not None:
-                used = chosen.choice.backend
-                self.runtime.metrics.fallback.labels(chosen.requested, used, "unsupported").inc()
+                self.runtime.metrics.fallback.labels(chosen.requested, chosen.used, "unsupported").inc()
 
     async def respond(
         self, build: Callable[[], BaseModel], values: int = 0, exclude: set[str] | None = None

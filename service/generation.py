@@ -29,7 +29,8 @@ class Wanted:
 def attended_pair(pair: SpecPair, model: ServedModel, *, decodes: bool = True) -> Attended:
     """Attention of prefill and of decode on this model."""
     decode = choose(pair.decode, model, decodes=decodes)
-    return Attended(choose(pair.prefill, model) if pair.split else decode, decode, pair.split)
+    alike = pair.prefill is pair.decode
+    return Attended(decode if alike else choose(pair.prefill, model), decode, pair.split)
 
 
 def sequences_of(
@@ -38,9 +39,10 @@ def sequences_of(
     """``n`` sequences a prompt, in order; choice i draws from stream (seed, i). The first of a prompt's
     sequences leads: it reads the prompt, the others go on from what it has read."""
     ending = Ending(wanted.max_new_tokens, wanted.stops, frozenset(model.info.eos_token_ids))
-    prefill, decode = attended.choices
+    decode = attended.decode.choice
     sequences: list[GenerateSequence] = []
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts):
+        prefill = attended.prefill.of(place).choice
         leader: GenerateSequence | None = None
         for _ in range(wanted.n):
             i = len(sequences)

@@ -57,6 +57,7 @@ async def start(runtime: Runtime, load: Callable[[Settings], dict[str, ServedMod
         runtime.add_models(models)
         for model in models.values():
             await warm_up(runtime, model)
+            await measure_profile(runtime, model)
     except (ModelError, ApiError) as error:
         _fail(runtime, str(error))
     except Exception as error:
@@ -80,6 +81,20 @@ async def warm_up(runtime: Runtime, model: ServedModel) -> None:
     num_probes = await run_probes(runtime, model)
     seconds = runtime.clock() - started
     say(f"{model.info.name}: warmed up with {num_probes} inputs in {seconds:.1f} s")
+
+
+async def measure_profile(runtime: Runtime, model: ServedModel) -> None:
+    """Where profiles are measured before requests come. One that cannot be is no reason not to serve."""
+    if runtime.settings.auto_profile != "startup":
+        return
+    started = runtime.clock()
+    await runtime.profiles.measure(model)
+    told = runtime.profiles.state(model.info.name)
+    seconds = runtime.clock() - started
+    if told["state"] == "ready":
+        say(f"{model.info.name}: has a profile ({told['source']}, {seconds:.1f} s)")
+    elif told["state"] == "failed":
+        say(f"{model.info.name}: has no profile: {told['progress']}")
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

@@ -49,7 +49,13 @@ def none_of(layers: Items[int], rows: int) -> MeasuredError | None:
 
 def worst(meters: Items[Meter | None]) -> MeasuredError | None:
     """One figure for several sequences: layer by layer the largest error, rows and costs summed."""
-    each = [found for meter in meters if meter is not None if (found := meter.measured()) is not None]
+    return worst_of(
+        [found for meter in meters if meter is not None if (found := meter.measured()) is not None]
+    )
+
+
+def worst_of(each: Items[MeasuredError]) -> MeasuredError | None:
+    """As ``worst``, of what meters have said."""
     if len(each) < 2:
         return each[0] if each else None
     layers = tuple(_worst_layer(found) for found in zip(*(one.layers for one in each), strict=True))

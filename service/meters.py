@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
-from kernels.math.row_sampling import DECODE_PROBABILITY, EDGE_ROWS, MIN_ROWS, ROWS_DIVISOR, UNIFORM_ROWS
-from models.contract import ServedModel, Verify
-from service.attention import Chosen
+from kernels.math.row_sampling import DECODE_PROBABILITY, expected_rows
+from models.contract import Choice, ServedModel, Verify
+from service.chosen import Chosen, ChosenAuto
 from service.errors import ApiError
 from service.measured import Cause, Effort, Measured, worst
 from service.sequences import GenerateSequence, Sequence
@@ -47,7 +47,7 @@ class Sampling:
 def attach(
     model: ServedModel,
     sequences: Iterable[Sequence],
-    prefill: Chosen,
+    prefill: Chosen | ChosenAuto,
     decode: Chosen,
     sampling: Sampling | None,
 ) -> Cause:
@@ -58,7 +58,7 @@ def attach(
     drawn = None if asked or sampling is None else sampling.draw()
     try:
         for sequence in sequences:
-            _attach(model, sequence, _with(prefill, drawn), _with(decode, drawn))
+            _attach(model, sequence, drawn or prefill.verify, drawn or decode.verify)
     except ValueError as error:
         if asked:
             raise _refused(model, prefill if prefill.verify is not None else decode, error) from None
@@ -69,7 +69,12 @@ def attach(
 
 def effort_of(model: ServedModel, prefill: Chosen, decode: Chosen, tokens: int) -> Effort:
     """What measuring a prompt of so many tokens, and what is generated after it, is expected to take."""
-    of_prompt, of_new = _wanted(prefill), _wanted(decode)
+    return _effort(
+        model, _wanted(prefill.choice, prefill.verify), _wanted(decode.choice, decode.verify), tokens
+    )
+
+
+def _effort(model: ServedModel, of_prompt: Verify | None, of_new: Verify | None, tokens: int) -> Effort:
     rows = 0.0 if of_prompt is None else rows_share(of_prompt, tokens)
     steps = 0.0 if of_new is None else 1.0 if of_new.rows == "all" else DECODE_PROBABILITY
     applied = max(len(model.info.applied_layers), 1)
@@ -82,10 +87,7 @@ def effort_of(model: ServedModel, prefill: Chosen, decode: Chosen, tokens: int) 
 
 def rows_share(verify: Verify, tokens: int) -> float:
     """The part of a prompt's rows that is expected to be looked at."""
-    if verify.rows == "all":
-        return 1.0
-    rows = max(MIN_ROWS, tokens // ROWS_DIVISOR) if verify.rows is None else verify.rows
-    return min((2 * EDGE_ROWS + UNIFORM_ROWS + rows) / max(tokens, 1), 1.0)
+    return expected_rows(max(tokens, 1), verify.rows) / max(tokens, 1)
 
 
 def is_measured(sequences: Iterable[Sequence]) -> bool:
@@ -100,32 +102,29 @@ def measured_of(sequences: Items[Sequence]) -> Measured:
     )
 
 
-def _with(chosen: Chosen, drawn: Verify | None) -> Chosen:
-    return chosen if drawn is None else replace(chosen, verify=drawn)
-
-
-def _wanted(chosen: Chosen) -> Verify | None:
+def _wanted(choice: Choice, verify: Verify | None) -> Verify | None:
     """What there is to measure: exact attention needs no second look."""
-    return None if chosen.choice.backend == "exact" else chosen.verify
+    return None if choice.backend == "exact" else verify
 
 
-def _attach(model: ServedModel, sequence: Sequence, prefill: Chosen, decode: Chosen) -> None:
+def _attach(model: ServedModel, sequence: Sequence, prefill: Verify | None, decode: Verify | None) -> None:
+    """Of the choices that the sequence has: inputs of one request may have different ones."""
     total = len(sequence.token_ids)
     generates = isinstance(sequence, GenerateSequence)
     follows = isinstance(sequence, GenerateSequence) and sequence.leader is not None
-    of_prompt, of_new = _wanted(prefill), _wanted(decode)
+    of_prompt, of_new = _wanted(sequence.choice, prefill), _wanted(sequence.decode_choice, decode)
     if of_prompt is not None and not follows:
-        sequence.prefill_meter = model.meter(of_prompt, prefill.choice, total)
+        sequence.prefill_meter = model.meter(of_prompt, sequence.choice, total)
     if of_new is not None and generates:
-        sequence.decode_meter = model.meter(of_new, decode.choice, total, decode=True)
-    effort = effort_of(model, prefill, decode, total)
+        sequence.decode_meter = model.meter(of_new, sequence.decode_choice, total, decode=True)
+    effort = _effort(model, of_prompt, of_new, total)
     of_prompt_alone = replace(effort, decode=0.0)
     sequence.effort = (
         replace(effort, prefill=0.0, rows=0.0) if follows else effort if generates else of_prompt_alone
     )
 
 
-def _refused(model: ServedModel, chosen: Chosen, error: ValueError) -> ApiError:
+def _refused(model: ServedModel, chosen: Chosen | ChosenAuto, error: ValueError) -> ApiError:
     path = f"{chosen.path}.verify"
     detail = f"{path}: the error of model {model.info.name!r} cannot be measured: {error}. Leave verify out."
     return ApiError("attention_not_supported", detail, param=path, limits={})

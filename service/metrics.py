@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,6 +28,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from kernels.math.cache import CACHES
 from kernels.registry import BACKENDS
 from models.contract import CacheUse, ModelInfo, Task
+from models.planned import AUTO
 from service.errors import KINDS
 from service.measured import Cause
 from service.record import OF_NO_ATTENTION, OPERATIONS
@@ -39,6 +40,7 @@ STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 TOKENIZE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
+ERROR_RATIO = (0.1, 0.25, 0.5, 0.65, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
 RATIO = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1)
 ESTIMATE_RATIO = (0.25, 0.5, 0.65, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
 ERROR = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
@@ -60,6 +62,10 @@ REJECTIONS = (
 )
 LANES = ("short", "long")
 PHASES = ("prefill", "decode")
+AutoOutcome = Literal["exact", "within", "repaired", "violated"]
+"""Of a request with a budget: planned exact in every layer; kept as planned; kept by repair; not kept."""
+AUTO_OUTCOMES: tuple[AutoOutcome, ...] = get_args(AutoOutcome)
+PROFILE_STATES = ("none", "measuring", "ready", "failed")
 CAUSES: tuple[Cause, ...] = ("asked", "sampled")
 CACHE_STATES = ("held", "cached", "free")
 LOAD_OUTCOMES = ("loaded", "failed")
@@ -158,6 +164,25 @@ class Metrics:
             "verified_requests", "Requests whose error was measured.", "model", "attention", "cause"
         )
         self.verified_rows = counter("verified_rows", "Rows of a layer computed exactly too.", *by_phase)
+        self.auto_requests = counter(
+            "auto_requests", "Requests with an error budget, by what became of it.", "model", "outcome"
+        )
+        self.budget_violations = counter(
+            "budget_violations", "Requests of which a layer's error is estimated above the budget.", "model"
+        )
+        self.auto_error_ratio = histogram(
+            "auto_error_ratio",
+            "Largest estimated error of a layer over the budget, of requests not planned exact.",
+            ERROR_RATIO,
+            "model",
+        )
+        self.auto_layers = counter("auto_layers", "Layers planned for a prompt.", "model", "backend")
+        self.auto_repaired_layers = counter(
+            "auto_repaired_layers", "Of these, layers that went on exactly to keep the budget.", "model"
+        )
+        self.profile_state = gauge(
+            "profile_state", "1 for the state of the profile that auto plans with.", "model", "state"
+        )
         self.memory_reserved = gauge("memory_reserved_bytes", "Bytes admitted requests may hold.", "device")
         self.memory_limit = gauge("memory_limit_bytes", "Bytes requests may hold.", "device")
         self.memory_estimate = histogram(
@@ -190,7 +215,8 @@ class Metrics:
         used = list(backends)
         operations = [operation for task in info.tasks for operation in TASK_OPERATIONS[task]]
         lengths = _buckets_up_to(info.max_tokens)
-        self._create_model(info.name, operations, used, lengths)
+        self._create_model(info.name, operations, [*used, AUTO] if info.applied_layers else used, lengths)
+        self._create_auto(info.name, used)
         for operation in OF_NO_ATTENTION:
             self._create_operation(info.name, operation, [], ["none"], lengths)
         self.model_info.labels(info.name, info.source, info.architecture, info.dtype, info.device).set(1)
@@ -200,6 +226,11 @@ class Metrics:
         for metric in self._by_model:
             metric.remove_by_labels({"model": name})
         self._cache_seen.pop(name, None)
+
+    def see_profile(self, name: str, now: str) -> None:
+        """The state of a model's profile."""
+        for state in PROFILE_STATES:
+            self.profile_state.labels(name, state).set(state == now)
 
     def see_cache(self, name: str, use: CacheUse) -> None:
         """What a model's pages are now: bytes as they are, counts as far as they have grown."""
@@ -260,6 +291,15 @@ class Metrics:
         for counter in (self.truncated_inputs, self.truncated_tokens, self.pauses):
             counter.labels(model)
         self.see_cache(model, CacheUse())
+
+    def _create_auto(self, model: str, backends: list[str]) -> None:
+        for outcome in AUTO_OUTCOMES:
+            self.auto_requests.labels(model, outcome)
+        for by_model in (self.budget_violations, self.auto_error_ratio, self.auto_repaired_layers):
+            by_model.labels(model)
+        for backend in backends:
+            self.auto_layers.labels(model, backend)
+        self.see_profile(model, "none")
 
     def _create_operation(
         self, model: str, operation: str, named: list[str], timed: list[str], lengths: list[str]

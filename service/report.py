@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
+from service.auto_answers import Budget, budget_of
+from service.chosen import ChosenAuto
 from service.error_answers import finite, largest_estimate
 from service.errors import KINDS
-from service.jobs import Job
-from service.metrics import length_bucket, rejection_reason
+from service.jobs import Job, leads
+from service.metrics import AutoOutcome, length_bucket, rejection_reason
 from service.record import OF_NO_ATTENTION, Record
 from service.runtime import Runtime
 
@@ -103,20 +106,51 @@ def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
 
 def _observe_errors(runtime: Runtime, record: Record, job: Job) -> None:
     """How wrong it was, where somebody looked. An exact attention is not: it would only dilute the others."""
-    metrics, first = runtime.metrics, job.sequences[0]
-    measured = job.measured
-    phases = {"prefill": (first.choice, measured.prefill), "decode": (first.decode_choice, measured.decode)}
+    metrics, measured = runtime.metrics, job.measured
+    read = {sequence.choice.backend for sequence in job.sequences}
+    decoded = {sequence.decode_choice.backend for sequence in job.sequences}
+    phases = {"prefill": (read, measured.prefill), "decode": (decoded, measured.decode)}
     verified = set()
-    for phase, (choice, error) in phases.items():
-        if error is None or choice.backend == "exact":
+    for phase, (backends, error) in phases.items():
+        looked_at = backends - {"exact"}
+        if error is None or not looked_at:
             continue
-        labels = (record.model, choice.backend, phase)
+        [backend] = looked_at
+        labels = (record.model, backend, phase)
         estimate, row_bound = largest_estimate(error), finite(error.row_bound)
         if estimate is not None:
             metrics.measured_error.labels(*labels).observe(estimate)
         if row_bound is not None:
             metrics.measured_row_bound.labels(*labels).observe(row_bound)
         metrics.verified_rows.labels(*labels).inc(error.rows)
-        verified.add(choice.backend)
+        verified.add(backend)
     for backend in verified:
         metrics.verified_requests.labels(record.model, backend, job.verify_cause).inc()
+
+
+def observe_auto(runtime: Runtime, record: Record, job: Job, auto: ChosenAuto) -> None:
+    """Of a request with a budget: what was planned, and whether it was kept. A plan that was given has none,
+    and a comparison is a study, no service."""
+    metrics, model = runtime.metrics, record.model
+    kept = [sequence.kept for sequence in job.sequences if leads(sequence)]
+    budget = budget_of(auto, kept)
+    if budget is None or record.operation in OF_NO_ATTENTION or model not in runtime.models:
+        return
+    for backend, layers in Counter(each.backend for plan in auto.plans for each in plan.layers).items():
+        metrics.auto_layers.labels(model, backend).inc(layers)
+    repaired = sum(each.exact_from is not None for of_input in kept for each in of_input)
+    metrics.auto_repaired_layers.labels(model).inc(repaired)
+    if not budget.within:
+        metrics.budget_violations.labels(model).inc()
+    planned_exact = all(plan.is_exact for plan in auto.plans)
+    if not planned_exact and budget.estimate is not None:
+        metrics.auto_error_ratio.labels(model).observe(budget.estimate / budget.max_error)
+    metrics.auto_requests.labels(model, _auto_outcome(budget, planned_exact)).inc()
+
+
+def _auto_outcome(budget: Budget, planned_exact: bool) -> AutoOutcome:
+    if not budget.within:
+        return "violated"
+    if planned_exact:
+        return "exact"
+    return "repaired" if budget.repaired_layers else "within"

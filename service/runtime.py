@@ -19,6 +19,7 @@ from service.errors import ApiError, invalid
 from service.jobs import Job
 from service.meters import Sampling
 from service.metrics import Metrics
+from service.profiles import Profiles
 from service.progress import Progress
 from service.readers import Readers
 from service.schedule import Limits
@@ -64,6 +65,8 @@ class Runtime:
         )
         self.sampling = Sampling(settings.verify_fraction)
         """Which requests are measured though they do not ask."""
+        self.profiles = Profiles(self)
+        """What ``auto`` plans with."""
         self.readers = Readers(num_threads=4)
         """Tokenising."""
         self.workers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="longreach-worker")
@@ -92,6 +95,7 @@ class Runtime:
         """No request finds the model any more; those that run go on. Its series end with ``forget_model``."""
         model = self.models[name]
         self.models = {other: served for other, served in self.models.items() if other != name}
+        self.profiles.give_up(name)
         self._share_cache()
         return model
 
@@ -105,6 +109,7 @@ class Runtime:
         with self._series:
             self.metrics.remove_model(name)
         self.costs.remove_model(name)
+        self.profiles.forget(name)
         for told in (self.loaded_at, self.supported):
             told.pop(name, None)
 
@@ -204,6 +209,7 @@ class Runtime:
                 metrics.queue_tokens.labels(name).set(load_now.queued_tokens)
                 metrics.running_requests.labels(name).set(load_now.running_requests)
                 metrics.see_cache(name, model.cache_use())
+                metrics.see_profile(name, str(self.profiles.state(name)["state"]))
         metrics.memory_reserved.labels(self.settings.device).set(self.engine.reserved_bytes)
         metrics.queue_ms.set(self.engine.waiting_ms())
         metrics.heartbeat_age.set(self.engine.heartbeat_age())

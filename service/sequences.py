@@ -12,8 +12,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.contract import Choice, Meter, Prompt, SequenceState, Slice, SliceResult, Tokenizer, Want, Work
+from models.contract import (
+    Choice,
+    Kept,
+    Meter,
+    Prompt,
+    SequenceState,
+    Slice,
+    SliceResult,
+    Tokenizer,
+    Want,
+    Work,
+)
 from models.errors import NonFiniteOutput, all_finite
+from models.planned import Planned
+from service.chosen import is_guarded
 from service.measured import Effort
 from service.sampling import Sampled, Sampler, SamplingParams
 from service.schedule import Entry
@@ -55,6 +68,8 @@ class Sequence(ABC):
         """The same of the tokens that it generates."""
         self.effort = Effort()
         """What its meters are expected to take."""
+        self.kept: tuple[Kept, ...] = ()
+        """What the guard of its prompt saw, once it is finished."""
         self.estimated_bytes = 0
         self.exact_bytes = 0
         self.output_bytes = 0
@@ -105,6 +120,8 @@ class Sequence(ABC):
 
     def close(self) -> None:
         if self.state is not None:
+            if self.finished and is_guarded(self.choice):
+                self.kept = self.state.kept
             self.state.close()
             self.state = None
 
@@ -164,20 +181,24 @@ class EncodeSequence(Sequence):
 
 
 class ScoreSequence(Sequence):
-    """Log-likelihood of every token given those before it. The last token is a target only: it is not
-    read."""
+    """Log-likelihood of every token given those before it. The last token is a target only: it is read where
+    ``reads_last`` says so, and under a plan: its guard sees the whole of a prompt, and what is replayed has
+    the same rows."""
 
-    def __init__(self, token_ids: list[int], choice: Choice) -> None:
+    def __init__(self, token_ids: list[int], choice: Choice, *, reads_last: bool = False) -> None:
         super().__init__(0, token_ids, choice)
         self.scores: list[float] = []
+        self._reads_last = reads_last or isinstance(choice, Planned)
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.token_ids) - 1
+        return len(self.token_ids) - (not self._reads_last)
 
     def next_slice(self, state: SequenceState, tokens: int) -> Slice:
         start, end = state.length, state.length + tokens
         targets = self.token_ids[start + 1 : end + 1]
+        if len(targets) < tokens:  # what follows the last token is not known: that score is thrown away
+            targets = [*targets, self.token_ids[-1]]
         total = len(self.token_ids)
         ids, meter = self.token_ids[start:end], self.prefill_meter
         return Slice(state, ids, self.choice, "scores", total, targets, meter)
@@ -190,6 +211,8 @@ class ScoreSequence(Sequence):
         if result.scores is not None:
             self.scores.extend(_finite(result.scores, "scores").tolist())
         self.finished = read >= self.prompt_tokens
+        if self.finished and self._reads_last:
+            self.scores.pop()
         return None
 
 
@@ -233,7 +256,7 @@ class GenerateSequence(Sequence):
 
     @property
     def prompt(self) -> Prompt | None:
-        return Prompt(self.token_ids, self.choice, self.salt)
+        return None if is_guarded(self.choice) else Prompt(self.token_ids, self.choice, self.salt)
 
     @property
     def decode_choice(self) -> Choice:

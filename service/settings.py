@@ -121,6 +121,13 @@ class Settings(BaseSettings):
         "do not ask for it",
     )
 
+    auto_profile: Literal["first_use", "startup", "never"] = Field(
+        "first_use",
+        description="when a model's profile, which attention auto needs, is measured where none is kept: at "
+        "the first request that needs it, before the server is ready, or never (longreach calibrate makes "
+        "one)",
+    )
+
     api_key: SecretStr | None = Field(None, description="key that every route but the public ones demands")
     metrics_public: bool = Field(True, description="serve /metrics without the API key")
     cors_origins: Names = Field((), description="origins that browsers may call from; off by default")

@@ -42,7 +42,7 @@ def check_layers(verify: Verify, info: ModelInfo, path: str) -> None:
         if layer not in info.applied_layers:
             detail = f"{layer} is no layer of model {info.name!r} to which a request's attention applies"
             known = list(info.applied_layers)
-            raise _bad(path, detail, f"those are {_shown(known)}", applied_layers=known)
+            raise _bad(path, detail, f"those are {shown_layers(known)}", applied_layers=known)
 
 
 def _rows(raw: object, path: str) -> int | Literal["all"] | None:
@@ -73,7 +73,7 @@ def _layers(raw: object, path: str) -> tuple[int, ...] | None:
     return tuple(raw)
 
 
-def _shown(layers: list[int]) -> str:
+def shown_layers(layers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0 to 2, 5"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):

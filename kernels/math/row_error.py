@@ -34,6 +34,8 @@ __all__ = ["DecodeSampler", "DrawnRows", "ErrorFigures", "RowErrors", "RowSample
 
 BOUND_SHARE = 0.95
 BOUND_CONFIDENCE = 0.95
+ROWS_AT_ONCE = 64
+"""Every head's part of so many rows, [H, R, E], exists at once."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class RowErrors:
 
     def add(self, drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> None:
         """exact and used [1, H, R, Dv] of the rows ``drawn``, w_o [E, H Dv] (head h: columns h Dv ..
-        (h + 1) Dv), all of any float dtype. O(R E H Dv) time, O(R E) memory. ValueError where shapes do not
-        fit."""
+        (h + 1) Dv), all of any float dtype. O(R E H Dv) time, memory for 64 rows [H, 64, E]. ValueError where
+        shapes do not fit."""
         _check(drawn, exact, used, w_o)
         if len(drawn):
             self._looked = _gathered(self._looked, _look(drawn, exact[0], used[0], w_o))
@@ -174,24 +176,25 @@ def _gathered(before: tuple[_Looked, ...], new: _Looked) -> tuple[_Looked, ...]:
 
 def _look(drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> _Looked:
     """exact, used [H, R, Dv]."""
-    H, R, Dv = exact.shape
     dtype = torch.promote_types(exact.dtype, torch.float32)
-    exact, difference = exact.to(dtype), used.to(dtype) - exact.to(dtype)
-    error, output, of_head = (exact.new_zeros(R, w_o.shape[0]) for _ in range(3))
-    heads = []
-    for h in range(H):
-        w = w_o[:, h * Dv : (h + 1) * Dv].to(dtype).mT
-        torch.mm(difference[h], w, out=of_head)
-        heads.append(_squares(of_head))
-        error += of_head
-        output.addmm_(exact[h], w)
-    pi = drawn.probability
-    return _Looked(_squares(error), _squares(output), pi, drawn.uniform, (torch.stack(heads) / pi).sum(-1))
+    w = w_o.to(dtype)
+    parts = [
+        _look_at(drawn.probability[rows], exact[:, rows].to(dtype), used[:, rows].to(dtype), w)
+        for rows in (slice(a, a + ROWS_AT_ONCE) for a in range(0, len(drawn), ROWS_AT_ONCE))
+    ]
+    x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    heads = torch.stack([part[2] for part in parts]).sum(0)
+    return _Looked(x, y, drawn.probability, drawn.uniform, heads)
 
 
-def _squares(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-    return norms.cpu().double().square()
+def _look_at(pi: Tensor, exact: Tensor, used: Tensor, w_o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y [R] and heads [H], on the CPU."""
+    H, R, Dv = exact.shape
+    of_heads = torch.bmm(used - exact, torch.unflatten(w_o, 1, (H, Dv)).permute(1, 2, 0))  # [H, R, E]
+    output = exact.transpose(0, 1).reshape(R, H * Dv) @ w_o.mT
+    norms = [torch.linalg.vector_norm(rows, dim=-1) for rows in (of_heads, of_heads.sum(0), output)]
+    squares = torch.cat([norms[0], *(each[None] for each in norms[1:])]).cpu().double().square()
+    return squares[H], squares[H + 1], (squares[:H] / pi).sum(-1)
 
 
 def _ratio(X: float, Y: float) -> float:

@@ -4,8 +4,9 @@
 
 The rows and the G query heads of a key head lie below each other, so keys and values are read once for all of
 them. Keys that every row may see go through one call of torch's flash kernel in panels of 2,048 that its
-threads share; those that only some may see follow under a mask; partial results merge by log-sum-exp (Dao,
-"Flash-Decoding", 2023). Rows far apart are taken in groups, so that little is multiplied only to be masked.
+threads share; those that only some may see follow in panels of 1,024 under a mask, over the rows that see
+any of them; partial results merge by log-sum-exp (Dao, "Flash-Decoding", 2023). Rows far apart are taken in
+groups, so that little is multiplied only to be masked.
 
 RG rows of one group times G, S panels of one call, P keys of a panel.
 """
@@ -13,20 +14,22 @@ RG rows of one group times G, S panels of one call, P keys of a panel.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kernels.math.dense import Mask, accumulator_dtype, dense_part, make_mask
+from kernels.math.dense import Mask, accumulator_dtype, dense_part
 from kernels.math.merge import merge_into
 
 GROUP_ROWS = 64
 PANEL_KEYS = 2048
 """Their keys and values stay in a core's cache while all rows pass over them."""
 PANELS_AT_ONCE = 16
-MIN_SPAN, SPAN_DIVISOR = 512, 4
-"""Rows of a group lie within a quarter of the keys before them, or 512."""
+MASKED_KEYS = 1024
+MIN_SPAN, SPAN_DIVISOR = 2048, 2
+"""Rows of a group lie within half of the keys before them, or 2,048."""
 
 
 def exact_rows(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -38,16 +41,14 @@ def exact_rows(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float,
     causal position lies outside the keys.
     """
     _check(q, positions, k, v, causal)
-    where = positions.to(q.device)
-    order = torch.argsort(where)
-    ascending = where[order].tolist()
+    order = torch.argsort(positions)
+    ascending = positions[order].tolist()
+    order = order.to(q.device)
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=accumulator_dtype(q.dtype))
     for rows in _groups(ascending, causal):
-        some = order[rows]
+        some, of_some = order[rows], ascending[rows] if causal else None
         stop = ascending[rows.stop - 1] + 1 if causal else k.shape[2]
-        seen_by_all = ascending[rows.start] + 1 if causal else stop
-        seen = where[some] if causal else None
-        out[:, :, some] = _group(q[0, :, some], seen, k[0, :, :stop], v[0, :, :stop], scale, seen_by_all)
+        out[:, :, some] = _group(q[0, :, some], of_some, k[0, :, :stop], v[0, :, :stop], scale)
     return out
 
 
@@ -64,27 +65,43 @@ def _groups(positions: list[int], causal: bool) -> Iterator[slice]:
         yield slice(begin, len(positions))
 
 
-def _group(
-    q: Tensor, positions: Tensor | None, k: Tensor, v: Tensor, scale: float, seen_by_all: int
-) -> Tensor:
-    """q [H, R, D], k [Hk, M, D], v [Hk, M, Dv] -> [H, R, Dv]; keys before ``seen_by_all`` need no mask."""
+def _group(q: Tensor, positions: list[int] | None, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [H, R, D] at ascending positions (None: they see every key), k [Hk, M, D], v [Hk, M, Dv] ->
+    [H, R, Dv]."""
     H, R, D = q.shape
     Hk, M, Dv = v.shape
-    dtype = accumulator_dtype(q.dtype)
-    rows = q.to(dtype).reshape(Hk, H // Hk * R, D)
+    rows = q.to(accumulator_dtype(q.dtype)).reshape(Hk, H // Hk * R, D)
     out, lse = rows.new_zeros(Hk, H // Hk * R, Dv), rows.new_full(rows.shape[:2], -math.inf)
+    seen_by_all = M if positions is None else positions[0] + 1
     whole = seen_by_all // PANEL_KEYS
-    at_once = PANELS_AT_ONCE if k.dtype == dtype else 1
+    at_once = PANELS_AT_ONCE if k.dtype == rows.dtype else 1
     for a in range(0, whole, at_once):
         keys = slice(a * PANEL_KEYS, min(a + at_once, whole) * PANEL_KEYS)
         merge_into(out, lse, *_panels(rows, k[:, keys], v[:, keys], scale))
-    for a in range(whole * PANEL_KEYS, M, PANEL_KEYS):
-        keys = slice(a, min(a + PANEL_KEYS, M))
-        mask = (
-            None if positions is None or keys.stop <= seen_by_all else _mask(positions, keys, H // Hk, dtype)
+    if whole * PANEL_KEYS < seen_by_all:
+        keys = slice(whole * PANEL_KEYS, seen_by_all)
+        merge_into(out, lse, *_panel(rows, k[:, keys], v[:, keys], scale, None))
+    if positions is not None and seen_by_all < M:
+        by_head = (torch.unflatten(x, 1, (H // Hk, R)) for x in (out, lse))
+        _add_masked(
+            torch.unflatten(rows, 1, (H // Hk, R)), *by_head, positions=positions, k=k, v=v, scale=scale
         )
-        merge_into(out, lse, *_panel(rows, k[:, keys], v[:, keys], scale, mask))
     return out.reshape(H, R, Dv)
+
+
+def _add_masked(
+    rows: Tensor, out: Tensor, lse: Tensor, *, positions: list[int], k: Tensor, v: Tensor, scale: float
+) -> None:
+    """Add the keys that not all of the rows [Hk, G, R, D] may see to out [Hk, G, R, Dv], lse [Hk, G, R]."""
+    Hk, G, R, _ = rows.shape
+    for a in range(positions[0] + 1, v.shape[1], MASKED_KEYS):
+        keys = slice(a, min(a + MASKED_KEYS, v.shape[1]))
+        first = bisect_left(positions, a)
+        mask = _mask(torch.tensor(positions[first:], device=rows.device), keys, G, rows.dtype)
+        some = rows[:, :, first:].reshape(Hk, G * (R - first), -1)
+        of_some = _panel(some, k[:, keys], v[:, keys], scale, mask)
+        parts = (torch.unflatten(x, 1, (G, R - first)) for x in of_some)
+        merge_into(out[:, :, first:], lse[:, :, first:], *parts)
 
 
 def _panels(rows: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -108,9 +125,10 @@ def _panel(rows: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask | None) 
 
 
 def _mask(positions: Tensor, keys: slice, group: int, dtype: torch.dtype) -> Mask:
-    """Of RG = group * R rows, head after head."""
-    keep = torch.arange(keys.start, keys.stop, device=positions.device) <= positions[:, None]
-    return make_mask(keep.repeat(group, 1), dtype)
+    """Of RG = group * R rows, head after head. Each sees the first of the keys."""
+    later = torch.arange(keys.start, keys.stop, device=positions.device) > positions[:, None]
+    bias = torch.zeros(later.shape, dtype=dtype, device=later.device).masked_fill_(later, -math.inf)
+    return Mask(bias.repeat(group, 1))
 
 
 def _check(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

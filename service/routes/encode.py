@@ -16,6 +16,7 @@ from service.answers import (
     usage_of,
 )
 from service.attention import choose, parse
+from service.auto import resolve
 from service.errors import ApiError, invalid
 from service.flow import Asked, Flow
 from service.inputs import Reading, Tokens
@@ -49,10 +50,12 @@ async def encode(body: EncodeRequest, request: Request) -> Response:
         return found, [plan_chunks(tokens, body, i) for i, tokens in enumerate(found)], values
 
     inputs, chunks, values = await flow.tokenise(read, body.timeout_ms)
+    lengths = [len(tokens.token_ids) for tokens in inputs]
+    attended = await resolve(flow, model, attended, lengths, body.timeout_ms)
     job, sequences = encode_job(flow, "enc_", model, inputs, attended, pooling, body)
     await flow.run(job)
     count_truncation(flow, inputs)
-    used = sum(len(tokens.token_ids) for tokens in inputs)
+    used = sum(lengths)
 
     def render() -> list[Embedding]:
         parts = zip(inputs, sequences, chunks, strict=True)
@@ -134,9 +137,9 @@ def encode_job(
     body: EncodeRequest,
 ) -> tuple[Job, list[EncodeSequence]]:
     kept = pooling if body.late_chunking is None else "none"
-    choice, chunkable = attended.prefill.choice, model.info.causal
+    chunkable = model.info.causal
     sequences = [
-        EncodeSequence(i, tokens.token_ids, choice, chunkable=chunkable, pooling=kept)
+        EncodeSequence(i, tokens.token_ids, attended.prefill.of(i).choice, chunkable=chunkable, pooling=kept)
         for i, tokens in enumerate(inputs)
     ]
     return flow.job(prefix, model, sequences, attended, Asked(body.timeout_ms, body.priority)), sequences

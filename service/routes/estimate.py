@@ -11,7 +11,10 @@ from starlette.responses import Response
 
 from models.contract import ServedModel, Task
 from service.answers import Attended
-from service.attention import Chosen, exact_choice, parse_list
+from service.attention import parse_list
+from service.auto import resolve
+from service.auto_answers import PlannedLayer, planned_alone
+from service.chosen import Chosen, ChosenAuto, exact_choice
 from service.cost import Basis
 from service.estimate import Plan, bytes_of, cached_tokens_of, predict
 from service.flow import Flow
@@ -33,6 +36,8 @@ class EstimatedAttention(BaseModel):
     used: str
     params: dict[str, Any] = Field(description="what would run, with every default filled in")
     fallback_reason: str | None = None
+    plan: list[PlannedLayer] | None = Field(None, description="of auto: what would run, layer by layer")
+    plan_reason: str | None = Field(None, description="of auto: why the plan is as it is")
     decode: EstimatedAttention | None = Field(
         None, description="only where prefill and decode were chosen apart"
     )
@@ -107,6 +112,8 @@ async def estimate(body: EstimateRequest, request: Request) -> Response:
     room = model.info.max_tokens - new_tokens
     reading = Reading(model, runtime.settings, room, body.truncate)
     prompt = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
+    lengths = [len(prompt.token_ids)]
+    asked = [await resolve(flow, model, each, lengths, body.timeout_ms) for each in asked]
 
     def work_out() -> list[Estimate]:
         return [estimated(runtime, model, prompt, attended, body) for attended in asked]
@@ -133,7 +140,7 @@ def estimated(
         effort = effort_of(model, prefill, decode, tokens)
         return Plan(prefill.choice, decode.choice, tokens, body.max_new_tokens, chunk_tokens, effort)
 
-    asked = plan(attended.prefill, attended.decode)
+    asked = plan(attended.prefill.of(0), attended.decode)
     exact = Chosen("exact", exact_choice())
     cached = cached_tokens_of(model, prompt.token_ids, asked.prefill, body.cache_salt or "")
     found = predict(model, runtime.costs, asked, cached)
@@ -178,10 +185,14 @@ def _told(attended: Attended) -> EstimatedAttention:
     return told.model_copy(update={"decode": _one(attended.decode)}) if attended.split else told
 
 
-def _one(chosen: Chosen) -> EstimatedAttention:
-    return EstimatedAttention(
+def _one(chosen: Chosen | ChosenAuto) -> EstimatedAttention:
+    told = EstimatedAttention(
         requested=chosen.requested,
-        used=chosen.choice.backend,
-        params=chosen.choice.params.model_dump(mode="json"),
+        used=chosen.used,
+        params=chosen.params,
         fallback_reason=chosen.fallback_reason,
     )
+    if not isinstance(chosen, ChosenAuto):
+        return told
+    planned = planned_alone(chosen)
+    return told.model_copy(update={name: planned[name] for name in ("plan", "plan_reason")})

@@ -21,6 +21,7 @@ from service.answers import (
     usage_of,
 )
 from service.attention import parse_pair
+from service.auto import resolve
 from service.flow import Asked, Flow
 from service.generation import (
     Wanted,
@@ -99,6 +100,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     wanted = Wanted(body.max_new_tokens, sampling, stops_of(body.stop), body.n)
     check_output(body.n, wanted, flow.runtime.settings, "max_new_tokens")
     prompt = await flow.tokenise(lambda: reading.read(body.prompt, "prompt"), body.timeout_ms)
+    attended = await resolve(flow, model, attended, [len(prompt.token_ids)], body.timeout_ms)
     sequences = sequences_of([prompt], wanted, model, attended, body.cache_salt or "")
     asked = Asked(body.timeout_ms, body.priority, body.stream)
     job = flow.job("gen_", model, sequences, attended, asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,19 @@ router = APIRouter(tags=["about"])
 API_VERSION = "1.0"
 
 
+class AutoCard(BaseModel):
+    """The model's profile, which attention ``auto`` plans with. ``none``: not measured or looked for yet."""
+
+    state: Literal["none", "measuring", "ready", "failed"]
+    progress: str
+    """While it is measured, how far that is; of a failure, its reason."""
+    lengths: list[int]
+    """Calibrated lengths in tokens."""
+    source: Literal["cache", "shipped", "measured", "put"] | None
+    """Where it comes from: found in the cache; errors shipped with the product and times measured here;
+    measured here; given by hand."""
+
+
 class ModelCard(BaseModel):
     """A served model; ``limits`` are what requests to it are checked against."""
 
@@ -36,6 +49,7 @@ class ModelCard(BaseModel):
     dtype: str
     limits: dict[str, int]
     backends: list[str]
+    auto: AutoCard
 
 
 class ModelList(BaseModel):
@@ -136,6 +150,7 @@ def card_of(runtime: Runtime, model: ServedModel) -> ModelCard:
         created=runtime.loaded_at[info.name],
         limits=limits,
         backends=list(runtime.supported[info.name]),
+        auto=AutoCard.model_validate(runtime.profiles.state(info.name)),
     )
 
 

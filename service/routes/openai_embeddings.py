@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from service.answers import Attended, AttentionUsed, attention_of
 from service.attention import choose, parse
+from service.auto import resolve
 from service.errors import invalid
 from service.flow import Asked, Flow
 from service.inputs import Reading
@@ -62,9 +63,12 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     sources, many = as_inputs(body.input, "input", settings.max_batch_inputs)
     reading = Reading(model, settings, info.max_tokens)
     inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many), body.timeout_ms)
-    choice = attended.prefill.choice
+    lengths = [len(tokens.token_ids) for tokens in inputs]
+    attended = await resolve(flow, model, attended, lengths, body.timeout_ms)
     sequences = [
-        EncodeSequence(i, tokens.token_ids, choice, chunkable=info.causal, pooling=pooling)
+        EncodeSequence(
+            i, tokens.token_ids, attended.prefill.of(i).choice, chunkable=info.causal, pooling=pooling
+        )
         for i, tokens in enumerate(inputs)
     ]
     job = flow.job("embd-", model, sequences, attended, Asked(body.timeout_ms, body.priority or 0))
@@ -74,7 +78,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         return [EmbeddingObject(index=s.index, embedding=_vector(s, pooling, body)) for s in sequences]
 
     data = await flow.offload(render)
-    used = sum(len(tokens.token_ids) for tokens in inputs)
+    used = sum(lengths)
     flow.finish(job, attended, input_tokens=used)
     answer = EmbeddingsAnswer(
         data=data,

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from models.contract import ModelError, ServedModel
 from service.answers import Attended, attention_of, stats_of, usage_of
 from service.attention import parse_pair
+from service.auto import resolve
 from service.errors import invalid
 from service.flow import Asked, Flow
 from service.generation import (
@@ -110,12 +111,14 @@ async def _answer(
     wanted = Wanted(max_new_tokens, sampling, stops_of(body.stop), body.n or 1)
     check_output(len(prompts) * wanted.n, wanted, flow.runtime.settings, named)
     attended = attended_pair(parse_pair(body.attention, seed=body.seed or 0), model)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    attended = await resolve(flow, model, attended, lengths, body.timeout_ms)
     sequences = sequences_of(prompts, wanted, model, attended, body.salt)
     stream = bool(body.stream)
     asked = Asked(body.timeout_ms, body.priority or 0, stream)
     job = flow.job(shape.prefix, model, sequences, attended, asked)
     await flow.prepare(job)
-    used = sum(len(prompt.token_ids) for prompt in prompts)
+    used = sum(lengths)
 
     def finish() -> None:
         generated = sum(len(sequence.tokens) for sequence in sequences)

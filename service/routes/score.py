@@ -11,6 +11,7 @@ from starlette.responses import Response
 from models.contract import Choice, Tokenizer
 from service.answers import Attended, Score, ScoreAnswer, attention_of, stats_of, usage_of
 from service.attention import choose, parse, selects_by_tile
+from service.auto import resolve
 from service.errors import ApiError, invalid
 from service.flow import Asked, Flow
 from service.inputs import Reading, Tokens
@@ -49,7 +50,8 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         raise invalid(
             "input has one token; scoring needs at least two (the first has nothing before it)", "input"
         )
-    sequence = ScoreSequence(tokens.token_ids, attended.prefill.choice)
+    attended = await resolve(flow, model, attended, [len(tokens.token_ids)], body.timeout_ms)
+    sequence = ScoreSequence(tokens.token_ids, attended.prefill.of(0).choice)
     job = flow.job("score_", model, [sequence], attended, Asked(body.timeout_ms, body.priority))
     await flow.run(job)
     scored = await flow.offload(lambda: _score(sequence.scores, tokens, model.tokenizer))
@@ -61,7 +63,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
         usage=usage_of(flow.record),
         attention=attention_of(job, attended),
         stats=stats_of(job, flow.record, now),
-        warnings=_warnings(attended.prefill.choice),
+        warnings=_warnings(sequence.choice),
     )
     return await flow.respond(
         lambda: answer, len(sequence.scores), exclude=None if body.include_stats else {"stats"}

@@ -115,7 +115,7 @@ def test_rows_are_grouped_so_that_little_is_masked_and_keys_are_read_seldom() ->
     spread = list(range(0, 16384, 64))
     for rows in row_exact._groups(spread, True):
         first, last = spread[rows.start], spread[rows.stop - 1]
-        assert rows.stop - rows.start <= 64 and last - first <= max(512, first // 4)
+        assert rows.stop - rows.start <= 64 and last - first <= max(2048, first // 2)
     assert list(row_exact._groups(spread[:64], False)) == [slice(0, 64)]
 
 

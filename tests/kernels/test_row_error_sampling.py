@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.math.row_error import DecodeSampler, DrawnRows, RowSampler
+from kernels.math.row_sampling import expected_rows
 
 
 def drawn_in(
@@ -148,11 +149,46 @@ def test_rows_that_say_they_dropped_more_are_drawn_more_often() -> None:
     assert heavy.min() > 2 * light.max()
 
 
-def test_the_number_of_rows_stays_near_what_was_asked_for() -> None:
-    for total, rows, r in [(2000, None, 64), (16000, None, 250), (16000, 1000, 1000)]:
-        for dropped in (None, mass(total), torch.ones(total)):
-            found = len(drawn_in([total], 7, total, dropped, rows=rows))
-            assert 0.5 * r + 64 - 4 * r**0.5 < found < 96 + 2 * r + 4 * (2 * r) ** 0.5
+@pytest.mark.parametrize(("total", "rows", "r"), [(2000, None, 64), (16000, None, 154), (16000, 1000, 1000)])
+def test_the_number_of_rows_stays_near_what_was_asked_for(total: int, rows: int | None, r: int) -> None:
+    growing = (torch.arange(total) / total) ** 2
+    for dropped in (None, mass(total), torch.ones(total), growing, growing.flip(0)):
+        found = len(drawn_in([total], 7, total, dropped, rows=rows))
+        assert 0.9 * r + 64 - 4 * r**0.5 < found < 96 + 1.15 * r + 4 * r**0.5
+    assert expected_rows(total, rows) == 96 + r
+
+
+def test_a_long_prompt_has_one_row_in_64_looked_at_in_all() -> None:
+    assert [expected_rows(n) for n in (100, 1000, 10_240, 16_384, 131_072)] == [100, 160, 160, 256, 2048]
+    assert expected_rows(500, "all") == 500 == expected_rows(500, 450)
+
+
+def formula(dropped: Tensor, first: int, total: int, r: int) -> Tensor:
+    """pi of the positions from ``first`` on, word by word as the module's docstring has it."""
+    computed, chances = total - first, []
+    dropped = (dropped.double() * 2**32).floor() / 2**32
+    for i in range(first, total):
+        usual = dropped[max(first, 256 * (i // 256 - 1)) : i + 1].mean()
+        ratio = min(16.0, float(dropped[i] / usual)) if usual > 0 else 1.0
+        rho = min(1.0, r / computed * (0.5 + 0.5 * ratio))
+        edge = i < 16 or i >= total - 16
+        chances.append(1.0 if edge else 1 - (1 - 64 / computed) * (1 - rho))
+    return torch.tensor(chances, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("first", [0, 300])
+def test_a_rows_chance_is_told_by_what_is_dropped_beside_it(first: int) -> None:
+    total, dropped = 1400, mass(1400, 3) ** 3
+    chances = formula(dropped, first, total, 400)
+    drawn = drawn_in([100, total - first - 100], 9, total, dropped, first, rows=400)
+    torch.testing.assert_close(drawn.probability, chances[drawn.positions - first], rtol=1e-6, atol=0)
+
+
+def test_rows_drawn_one_by_one_are_those_drawn_at_once() -> None:
+    total, dropped = 1100, mass(1100, 5)
+    for first in (0, 200):
+        apart = drawn_in([1] * (total - first), 2, total, dropped, first)
+        assert_same(drawn_in([total - first], 2, total, dropped, first), apart)
 
 
 def test_estimates_that_are_no_number_count_as_everything_dropped() -> None:

@@ -14,7 +14,6 @@ from models.places import Place
 from models.planned import STRATUM, planned
 
 
-
 def guard(total: int, seed: int = 0) -> SequenceGuard:
     choice = planned(
         [LayerChoice(3, "sinks"), LayerChoice(8, "exact"), LayerChoice(9, "window")], seed=seed, max_error=0.1

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models.products
 import models.call
+import models.products
 import models.stretches
 from kernels.contract import PackedResult
 from models.contract import Choice, LayerError, MeasuredError, Prompt, Slice, StepResult, Verify, Want
@@ -298,6 +298,47 @@ def test_a_chunk_in_which_every_pair_was_kept_counts_as_without_error(
     assert sum(calls) == 3 * (N - 16)
 
 
+def test_rows_of_many_small_chunks_are_computed_together(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    exact_rows = models.measuring.exact_rows
+
+    def counted(q: Tensor, *rest: Any) -> Tensor:
+        calls.append(q.shape[2])
+        return exact_rows(q, *rest)
+
+    monkeypatch.setattr(models.measuring, "exact_rows", counted)
+    verify = Verify(rows=100, seed=1)
+    whole = read(model, WINDOW, verify=verify)
+    assert len(calls) == 3
+    calls.clear()
+    assert same(whole, read(model, WINDOW, verify=verify, sizes=[10] * 30))
+    assert sum(calls) == measured(whole).rows - 3 * 10  # the first chunk kept every pair
+    assert len(calls) <= sum(calls) / models.meter.HELD_ROWS + 3
+
+
+def test_what_is_measured_so_far_is_what_was_computed_so_far(model: Model) -> None:
+    ids, chosen = random_ids(N), choice("window", window=4)
+    state, meter, told = model.open(N), model.meter(ALL, chosen, N), []
+    for begin in range(0, N, 20):
+        chunk = ids[begin : begin + 20]
+        model.step([Slice(state, chunk, chosen, "nothing", N, meter=meter)])
+        told.append((meter.measured(), meter.held_bytes))
+    rows = [(0, 0) if found is None else (found.rows, found.rows_total) for found, _ in told]
+    assert rows == [
+        (3 * n, 3 * n) for n in (0, 0, 60, 60, 60, 120, 120, 120, 180, 180, 180, 240, 240, 240, 300)
+    ]
+    assert told[2][0] is not told[4][0] and same(told[2][0], told[4][0], 0.0)
+    row_bytes = 3 * 6 * 2 * 8 * 8  # layers, heads, query and output, their width, fp64
+    assert [held for _, held in told[:4]] == [20 * row_bytes, 40 * row_bytes, 0, 20 * row_bytes]
+    assert told[-1][1] == 0
+    first = measured(told[2][0]).layers[2].of_residual
+    beginning = model.meter(ALL, chosen, 60)
+    model.step([Slice(model.open(60), ids[:60], chosen, "nothing", 60, meter=beginning)])
+    assert first == pytest.approx(measured(beginning.measured()).layers[2].of_residual, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", ["window", "pooled", "lsh"])
 @pytest.mark.parametrize("rows", [None, 20])
 def test_neither_chunks_nor_pauses_nor_neighbours_move_what_is_drawn(
@@ -462,6 +503,21 @@ def test_every_decode_step_looked_at_gives_the_error_itself(
         assert layer.rows == layer.rows_total == 30
 
 
+def test_decode_steps_that_kept_every_pair_count_as_without_error(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choice("window", window=112)
+    with recorded(model._network.body, monkeypatch) as direct:
+        state, meter = model.open(130), model.meter(ALL, chosen, 100, decode=True)
+        model.step([Slice(state, random_ids(100), chosen, "nothing", 100)])
+        direct.found.clear()
+        for token in random_ids(30, 99):
+            model.step([Slice(state, [token], chosen, "logits", 100, meter=meter)])
+    for layer in measured(meter.measured()).layers:
+        assert layer.estimate == pytest.approx(direct.found[layer.layer].error, rel=1e-5)
+        assert layer.rows == 30 and layer.estimate > 0
+
+
 def test_some_decode_steps_are_drawn_the_same_ones_in_every_layer_and_company(model: Model) -> None:
     alone, crowd = (decode(model, Verify(seed=2), 120, crowd) for crowd in (0, 3))
     assert same(alone.measured(), crowd.measured())
@@ -496,7 +552,8 @@ def test_a_failed_step_leaves_the_meter_as_it_was(model: Model, monkeypatch: pyt
         model.step([Slice(state, ids[begin:stop], POOLED, want, N, meter=meter)])
 
     step(0, 128)
-    before = meter.measured()
+    before, held = meter.measured(), meter.held_bytes
+    assert held > 0
     with monkeypatch.context() as patch:
         patch.setattr(models.results, "all_finite", lambda values: False)
         with pytest.raises(NonFiniteOutput):
@@ -506,7 +563,7 @@ def test_a_failed_step_leaves_the_meter_as_it_was(model: Model, monkeypatch: pyt
     for _ in range(20):
         forward.advance(lambda: True)
     forward.close()
-    assert meter.measured() is before
+    assert meter.measured() is before and meter.held_bytes == held
     step(128, 256)
     step(256, N)
     assert same(meter.measured(), read(model, POOLED, verify=Verify(rows=20)))

@@ -128,7 +128,7 @@ def test_the_same_weights_under_another_name_share_a_profile(profile: Profile, t
 
 
 def damaged(profile: Profile) -> Iterator[tuple[Callable[[dict[str, Any]], Any], str]]:
-    yield lambda raw: raw.update(schema_version=SCHEMA_VERSION + 1), "schema version 2, this release reads 1"
+    yield lambda raw: raw.update(schema_version=SCHEMA_VERSION + 1), "version 3, this release reads 1 and 2"
     yield lambda raw: raw.pop("schema_version"), "schema version None"
     yield lambda raw: raw.update(more=1), "damaged: more"
     yield lambda raw: raw["layers"][1]["rungs"].pop(), "layers.1.*do not end in exact"
@@ -148,6 +148,30 @@ def test_a_damaged_profile_is_refused_by_place(profile: Profile, tmp_path: Path,
     file.write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(ModelError, match=told):
         load(file)
+
+
+def test_a_file_of_the_first_version_is_read_and_has_no_times_of_another_machine(
+    profile: Profile, tmp_path: Path
+) -> None:
+    raw = profile.model_dump(mode="json")
+    del raw["made"]["times"]
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({**raw, "schema_version": 1}), encoding="utf-8")
+    assert load(file, profile.stamp) == profile.model_copy(update={"schema_version": 1})
+    times = {
+        "errors_from": raw["stamp"],
+        "date": "d",
+        "seconds": 1,
+        "texts": [],
+        "tokens": [64],
+        "layers": [0],
+    }
+    made = {**raw["made"], "times": times}
+    file.write_text(json.dumps({**raw, "made": made, "schema_version": 1}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"version 1 has no made\.times"):
+        load(file)
+    file.write_text(json.dumps({**raw, "made": made}), encoding="utf-8")
+    assert load(file).made.times is not None
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '"x"'])
@@ -179,29 +203,47 @@ def test_the_fingerprint_tells_weights_and_configurations_apart(
     assert fingerprint(again._network) != fingerprint(decoder._network)
 
 
-class Clock:
-    """A minute passes with every look at it."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """A document of 64 tokens takes a minute, longer ones their square; nothing else takes time."""
+    now = 0.0
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def slowly(model: Model, document: int, token_ids: list[int], *rest: Any) -> list[Sample]:
+        nonlocal now
+        now += 60 * (len(token_ids) / 64) ** 2
+        return measure_document(model, document, token_ids, *rest)
 
-    def __call__(self) -> float:
-        self.now += 60
-        return self.now
+    monkeypatch.setattr("models.calibrate.measure_document", slowly)
+    return lambda: now
 
 
-def test_a_budget_of_minutes_leaves_out_what_does_not_fit_and_says_so(decoder: Model) -> None:
+def test_a_budget_of_minutes_leaves_out_what_does_not_fit_and_says_so(
+    decoder: Model, clock: Callable[[], float]
+) -> None:
     told: list[str] = []
-    sizes = Sizes(lengths=(64, 128), documents=3, minutes=8.5)
-    made = measured(decoder, sizes, told, clock=Clock())
+    sizes = Sizes(lengths=(64, 128), documents=3, minutes=6.5)
+    made = measured(decoder, sizes, told, clock=clock)
     assert [(each.tokens, each.documents) for each in made.lengths] == [(64, 2), (128, 1)]
     assert sum("no time for it" in line for line in told) == 3
+    assert made.made.seconds == 360
 
 
-def test_however_short_the_time_one_document_is_measured(decoder: Model) -> None:
-    made = measured(decoder, Sizes(lengths=(64, 128), documents=3, minutes=0.001), clock=Clock())
+def test_however_short_the_time_one_document_is_measured(decoder: Model, clock: Callable[[], float]) -> None:
+    made = measured(decoder, Sizes(lengths=(64, 128), documents=3, minutes=0.001), clock=clock)
     assert [(each.tokens, each.documents) for each in made.lengths] == [(64, 1)]
     assert {rung.spread for ladder in made.layers for rung in ladder.rungs[:-1]} <= {(None,)}
+
+
+def test_who_watches_is_told_every_layer_and_what_is_left(decoder: Model, clock: Callable[[], float]) -> None:
+    seen: list[str] = []
+    sizes = Sizes(lengths=(64, 128), documents=2, minutes=6.5)
+    measured(decoder, sizes, clock=clock, watch=seen.append)
+    layers = len(decoder.info.applied_layers)
+    assert seen[0] == "reading 64 tokens, at most about 390 s left"
+    assert seen[1] == f"layer 1 of {layers}, 64 tokens, at most about 330 s left"
+    assert seen[layers + 1] == "reading 128 tokens, about 300 s left"
+    assert seen[-1] == f"layer {layers} of {layers}, 64 tokens, about 0 s left"
+    assert len(seen) == 3 * (layers + 1)
 
 
 def test_layers_are_told_of_only_where_a_document_takes_long(

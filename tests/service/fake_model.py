@@ -25,6 +25,7 @@ from models.contract import (
     CacheUse,
     Choice,
     Flops,
+    Kept,
     ModelInfo,
     Prompt,
     SequenceState,
@@ -36,6 +37,7 @@ from models.contract import (
     Work,
 )
 from models.errors import NonFiniteOutput
+from models.planned import STRATUM, Planned
 from tests.service.fake_meter import FakeMeter
 from tests.service.fake_pages import START, FakePages, mix, numbers
 from tests.service.fake_tokenizer import BOS, CLS, EOS, NUM_BYTES, SEP, VOCAB, ByteTokenizer
@@ -61,6 +63,8 @@ class FakeState:
     choice: Choice | None = None
     forward: FakeForward | None = None
     """The begun one that it belongs to."""
+    kept: tuple[Kept, ...] = ()
+    guarded_by: Planned | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -166,6 +170,9 @@ class FakeModel:
     max_cached_bytes: int = 0
     meters: list[FakeMeter] = field(default_factory=list)
     """Every one that was made."""
+    guard: Callable[[Planned, int], tuple[Kept, ...]] | None = None
+    """What a guard sees of a prompt of so many tokens, and repairs: half of the budget is spent, and nothing
+    repaired, where there is none."""
 
     def check(self, fine: bool, otherwise: str) -> None:
         if not fine:
@@ -185,12 +192,14 @@ class FakeModel:
     def unsupported(self, choice: Choice) -> list[str]:
         if choice.backend == "strided" and not self.info.causal:
             return ["this fake encoder does not do strided", "for no reason"]
-        return []
+        return [reason for part in choice.parts if part is not choice for reason in self.unsupported(part)]
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> FakeState:
         self.check(not self.closed, "a model that has left service opened a sequence")
         state = FakeState(capacity, self)
         if prompt is not None and self.info.causal:
+            guarded = isinstance(prompt.choice, Planned) and prompt.choice.guarded
+            self.check(not guarded, "the cache was asked for a guarded prompt")
             state.salt, state.choice = prompt.salt, prompt.choice
             state.length, state.digest = self.pages.take(prompt)
         self.open_states.add(id(state))
@@ -302,13 +311,34 @@ class FakeModel:
         if not self.info.causal:
             assert state.length == 0 and len(part.token_ids) == part.total, "an encoder input was chunked"
         salt = state.salt if part.choice == state.choice else None
-        digests = self.pages.read(salt, state.digest, state.length, part.token_ids, part.choice)
+        repairs = self._watch(part, state)
+        digests = self.pages.read(salt, state.digest, state.length, part.token_ids, part.choice, repairs)
         if part.meter is not None:
             assert isinstance(part.meter, FakeMeter) and part.meter.model is self
             part.meter.add(part, state.length)
         state.digest = digests[-1]
         state.length += len(digests)
         return replace(self._wanted(part, state, digests), row_logits=_row_logits(part, digests))
+
+    def _watch(self, part: Slice, state: FakeState) -> dict[int, int]:
+        """Rows from which on layers of a guarded prompt run exactly, by ordinal."""
+        choice = part.choice
+        if not isinstance(choice, Planned) or not choice.guarded:
+            return {}
+        end = state.length + len(part.token_ids)
+        whole = state.length % STRATUM == 0 and (end % STRATUM == 0 or end == part.total)
+        self.check(whole and end <= part.total, f"a guarded prompt was read {state.length} .. {end}")
+        self.check(state.guarded_by in (None, choice), "a guarded prompt was read under two plans")
+        state.guarded_by, state.kept = choice, (self.guard or self._half_spent)(choice, part.total)
+        ordinals = {layer: i for i, layer in enumerate(self.info.applied_layers)}
+        return {ordinals[each.layer]: each.exact_from for each in state.kept if each.exact_from is not None}
+
+    def _half_spent(self, choice: Planned, total: int) -> tuple[Kept, ...]:
+        spent, rows = choice.params.model_dump()["max_error"] / 2, -(-total // 64)
+        return tuple(
+            Kept(layer, 0.0, 0, None) if each.backend == "exact" else Kept(layer, spent, rows, None)
+            for layer, each in zip(self.info.applied_layers, choice.layers, strict=True)
+        )
 
     def _wanted(self, part: Slice, state: FakeState, digests: Sequence[int]) -> SliceResult:
         work = self._work(part, state.length)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from models.contract import Choice, Prompt
+from models.planned import Planned, exact
 
 MASK = (1 << 64) - 1
 START = 0x243F6A8885A308D3
@@ -24,8 +26,25 @@ def mix(*values: int) -> int:
     return x
 
 
-def choice_digest(choice: Choice) -> int:
-    told = f"{choice.backend}|{choice.params.model_dump_json()}|{choice.seed}"
+NO_REPAIRS: Mapping[int, int] = {}
+"""By ordinal of a layer the row from which on it runs exactly after all."""
+
+
+def choice_digest(choice: Choice, row: int = 0, repairs: Mapping[int, int] = NO_REPAIRS) -> int:
+    """Of what runs in ``row``: of a plan, layer by layer, whoever decided it."""
+    if not isinstance(choice, Planned):
+        return _digest((choice,))
+    from_rows = [repairs.get(i, from_row) for i, from_row in enumerate(choice.exact_from)]
+    layers = [
+        exact(choice.seed) if from_row is not None and row >= from_row else layer
+        for layer, from_row in zip(choice.layers, from_rows, strict=True)
+    ]
+    return _digest(tuple(layers))
+
+
+@lru_cache(1024)
+def _digest(layers: tuple[Choice, ...]) -> int:
+    told = "||".join(f"{each.backend}|{each.params.model_dump_json()}|{each.seed}" for each in layers)
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big")
 
 
@@ -60,9 +79,9 @@ class FakePages:
 
     def find(self, prompt: Prompt) -> tuple[int, int]:
         """(tokens, digest) of the longest beginning that is held, short of the last token."""
-        key, digest, found = choice_digest(prompt.choice), START, (0, START)
+        digest, found = START, (0, START)
         for i, token in enumerate(prompt.token_ids[:-1], 1):
-            digest = mix(digest, token, key)
+            digest = mix(digest, token, choice_digest(prompt.choice, i - 1))
             if i % PAGE_TOKENS == 0:
                 page = (prompt.salt, i, digest)
                 if page not in self._pages:
@@ -72,12 +91,18 @@ class FakePages:
         return found
 
     def read(
-        self, salt: str | None, digest: int, start: int, token_ids: Sequence[int], choice: Choice
+        self,
+        salt: str | None,
+        digest: int,
+        start: int,
+        token_ids: Sequence[int],
+        choice: Choice,
+        repairs: Mapping[int, int] = NO_REPAIRS,
     ) -> list[int]:
         """Digests after each of ``token_ids``; pages that they fill are held where there is a salt."""
-        key, digests = choice_digest(choice), []
+        digests = []
         for i, token in enumerate(token_ids, start + 1):
-            digest = mix(digest, token, key)
+            digest = mix(digest, token, choice_digest(choice, i - 1, repairs))
             digests.append(digest)
             if salt is not None and i % PAGE_TOKENS == 0:
                 self._pages[salt, i, digest] = None

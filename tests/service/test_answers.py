@@ -25,6 +25,11 @@ ATTENTION = {
     "flops_ratio",
     "impl",
     "fallback_reason",
+    "plan",
+    "plans",
+    "plan_reason",
+    "plan_reasons",
+    "budget",
     "measured_error",
     "decode",
 }

@@ -150,13 +150,14 @@ def test_a_backend_that_cannot_decode_is_refused_for_decode_and_allowed_for_pref
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kernels.registry import load
-    from service import attention
+    from service import attention, attention_params
 
     real = load("window")
     prefill_only = replace(real, capabilities=replace(real.capabilities, decode=False, selection="tile"))
     leaky = replace(real, name="leaky", capabilities=replace(real.capabilities, selection="prompt"))
     known = {"window": prefill_only, "leaky": leaky, "exact": load("exact")}
-    monkeypatch.setattr(attention, "load", lambda name: known[name])
+    for module in (attention, attention_params):
+        monkeypatch.setattr(module, "load", lambda name: known[name])
     with in_process() as client:
         body = {"prompt": "x", "max_new_tokens": 2}
         refused = client.post("/v1/generate", json={**body, "attention": "window"})
