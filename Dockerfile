@@ -35,6 +35,7 @@ FROM dependencies-cpu AS installed-cpu
 COPY README.md LICENSE ./
 COPY kernels kernels
 COPY models models
+COPY samples samples
 COPY service service
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     pip install --no-deps .
@@ -43,6 +44,7 @@ FROM dependencies-cuda AS installed-cuda
 COPY README.md LICENSE ./
 COPY kernels kernels
 COPY models models
+COPY samples samples
 COPY service service
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     pip install --no-deps .
