@@ -103,7 +103,8 @@ def test_dependencies_are_installed_before_the_code_is_copied() -> None:
             if word == "COPY" and "service" in rest
         ]
         copied = [rest for word, rest in instructions(f"installed-{target}") if word == "COPY"]
-        assert copied == ["README.md LICENSE ./", "kernels kernels", "models models", "service service"]
+        code = ["kernels kernels", "models models", "samples samples", "service service"]
+        assert copied == ["README.md LICENSE ./", *code]
 
 
 def test_only_what_the_image_is_made_from_is_sent_to_the_builder() -> None:
