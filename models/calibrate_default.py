@@ -31,6 +31,9 @@ from models.runner import Model
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 RECORDED_SHARE = 8
 """Layers' inputs are held together up to this part of the memory that there is."""
+MEASURED_SHARE = 2
+"""Lengths beyond the shortest are measured within this part of the memory: measuring holds it for minutes,
+and requests must find room beside it."""
 
 Run = Callable[[Progress, Progress, Callable[[], float]], Profile]
 
@@ -209,15 +212,17 @@ def _fitting(
     max_bytes: int | None,
     progress: Progress,
 ) -> list[int]:
-    """The lengths, ascending, that need no more than ``max_bytes``. ModelError where the shortest does."""
+    """The lengths, ascending, that need no more than their share of ``max_bytes``. ModelError where the
+    shortest needs more than that."""
     if max_bytes is None:
         return lengths
-    found = [tokens for tokens in lengths if num_bytes(tokens) <= max_bytes]
-    if not found:
+    shortest, *longer = lengths
+    if num_bytes(shortest) > max_bytes:
         raise ModelError(
-            f"measuring {lengths[0]:,} tokens needs about {num_bytes(lengths[0]):,} bytes, requests may hold "
+            f"measuring {shortest:,} tokens needs about {num_bytes(shortest):,} bytes, requests may hold "
             f"{max_bytes:,} (memory_limit_bytes): raise it, or run longreach calibrate {model.info.name} TEXT"
         )
+    found = [shortest, *(tokens for tokens in longer if num_bytes(tokens) <= max_bytes // MEASURED_SHARE)]
     if len(found) < len(lengths):
         progress(f"{model.info.name}: no memory for more than {found[-1]} tokens")
     return found

@@ -56,13 +56,14 @@ class Layer:
 @dataclass(frozen=True)
 class Done:
     """What a call of ``backend`` did for one piece; ``dropped`` [1, H, rows] is its own estimate of the mass
-    that it left out."""
+    that it left out. ``exact``: every pair was kept and nothing approximated."""
 
     piece: Piece
     keys: Keys
     stats: Stats
     dropped: Tensor | None
     backend: str
+    exact: bool
 
 
 def attend_pieces(

@@ -5,11 +5,11 @@ exactly so that it stays within its budget.
     spent_i   = sum_{j <= i} w_j x_j                         w_j: rows that j stands for
     allowed_i = (SHARE max_error)^2 N sum_{j <= i} w_j y_j / sum_{j <= i} w_j
 
-One row of every block is looked at: at least 128 of the prompt, blocks of 16 to 64 rows. A layer's error over
-the prompt is sqrt(sum x / sum y), so max_error^2 sum y is what it may spend in all; y of the rows to come is
-taken to be as so far. At the first i with spent_i > allowed_i the stratum that i lies in, and all that
-follow, run exactly: what was spent before stays, nothing is added. A layer that spends little early on may
-spend it later.
+One row of every block is looked at: blocks of 16 to 64 rows, at least 128 of them from 2,048 tokens on. A
+layer's error over the prompt is sqrt(sum x / sum y), so max_error^2 sum y is what it may spend in all; y of
+the rows to come is taken to be as so far. At the first i with spent_i > allowed_i the stratum that i lies in
+(256 rows, or whole query tiles), and all that follow, run exactly: what was spent before stays, nothing is
+added. A layer that spends little early on may spend it later.
 
 Which rows are looked at depends on the seed, the layer and the position alone, strata are absolute, and rows
 count in their order: chunks and other traffic move nothing.
@@ -32,7 +32,7 @@ from kernels.math.rng import below, bits, fold
 from models.contract import Kept
 from models.places import Place, Places
 from models.plan import ModelPlan
-from models.planned import STRATUM, Planned
+from models.planned import STRATUM, Planned, stratum_of
 from models.profile import EXACT
 
 MIN_BLOCK, MAX_BLOCK = 16, 64
@@ -107,8 +107,13 @@ class Reading:
         row from which on the layer must run exactly, if that is so now."""
         before, w_o = self.of(layer), self._guard.places[layer].w_o
         looked = [Looked(*each) for each in zip(positions.tolist(), *_squares(exact, used, w_o), strict=True)]
-        self.changed[layer] = after = self._guard.judge(before, looked, start)
+        self.changed[layer] = after = self._guard.judge(before, looked, start, self._guard.stratum(layer))
         return after.exact_from if before.exact_from is None else None
+
+    def commit(self) -> SequenceGuard:
+        """The step has succeeded: the guard, which knows it now."""
+        self._guard.layers |= self.changed
+        return self._guard
 
 
 class SequenceGuard:
@@ -124,12 +129,14 @@ class SequenceGuard:
         self.places, self._ordinals = places, ordinals
         self.layers: dict[int, LayerGuard] = {}
 
+    def copy(self) -> SequenceGuard:
+        """Of another sequence that has read the same."""
+        other = SequenceGuard(self.choice, self.total, self._ordinals, self.places)
+        other.layers = dict(self.layers)
+        return other
+
     def begin(self) -> Reading:
         return Reading(self)
-
-    def commit(self, reading: Reading) -> None:
-        """The step that made the reading has succeeded."""
-        self.layers |= reading.changed
 
     @property
     def kept(self) -> tuple[Kept, ...]:
@@ -143,15 +150,22 @@ class SequenceGuard:
         chosen = self._rows_of(self._ordinals[layer])
         return chosen[(chosen >= start) & (chosen < stop)]
 
-    def judge(self, before: LayerGuard, looked: Sequence[Looked], start: int) -> LayerGuard:
+    def stratum(self, layer: int) -> int:
+        """Rows of a layer that are repaired together."""
+        return stratum_of(self.choice.at(self._ordinals[layer]))
+
+    def judge(
+        self, before: LayerGuard, looked: Sequence[Looked], start: int, stratum: int = STRATUM
+    ) -> LayerGuard:
         """The layer after these rows of a call that began at ``start``: no row before it can be repaired any
-        more."""
+        more. An error that is no number is beyond any budget."""
         at = before
         for row in looked:
             at = at.after(row, self._weight(row.position))
-            if at.exact_from is None and at.spent > self._allowed(at):
-                first = max(row.position // STRATUM * STRATUM, start)
-                return self.judge(replace(before, exact_from=first), _repaired(looked, first), start)
+            if at.exact_from is None and not at.spent <= self._allowed(at):
+                first = max(row.position // stratum * stratum, start)
+                repaired = replace(before, exact_from=first)
+                return self.judge(repaired, _repaired(looked, first), start, stratum)
         return at
 
     def _allowed(self, at: LayerGuard) -> float:

@@ -117,9 +117,10 @@ def _workspace(sizes: Sizes, layer: LayerPlan, choice: Choice, rows: int, keys: 
     found = load_backend(part.backend).workspace(part.params, call)
     if not isinstance(choice, Planned):
         return found
-    again = exact()  # it may come to be repaired
-    repair = load_backend(again.backend).workspace(again.params, call)
-    return replace(found, live_bytes=max(found.live_bytes, repair.live_bytes))
+    again = exact()  # it may come to be repaired, into an answer of its own
+    repair = load_backend(again.backend).workspace(again.params, call).live_bytes
+    answer = rows * layer.num_heads * layer.shape.value_dim * sizes.itemsize
+    return replace(found, live_bytes=max(found.live_bytes, repair + answer))
 
 
 def _activations(sizes: Sizes, rows: int, calls: Sequence[Workspace]) -> int:

@@ -54,9 +54,8 @@ def _advance(s: Slice, member: Member) -> None:
     meter = meter_of(s)
     if meter is not None and member.reading is not None:
         meter.commit(member.reading)
-    guard = state_of(s).guard
-    if guard is not None and member.guard is not None:
-        guard.commit(member.guard)
+    if member.guard is not None:
+        state_of(s).guard = member.guard.commit()
 
 
 def _members(network: Network, packed: Sequence[Slice]) -> list[Member]:
@@ -72,13 +71,12 @@ def _members(network: Network, packed: Sequence[Slice]) -> list[Member]:
 
 
 def _guard(network: Network, s: Slice) -> Reading | None:
-    """What the guard of a sequence is told by this step, where its choice has one: made at its first."""
-    state = state_of(s)
+    """What the guard of a sequence is told by this step, where its choice has one: made at its first, and
+    the sequence's own once that has succeeded."""
     if not isinstance(s.choice, Planned) or not s.choice.guarded:
         return None
-    if state.guard is None:
-        state.guard = guard_of(s.choice, s.total, network.plan, network.places)
-    return state.guard.begin()
+    guard = state_of(s).guard or guard_of(s.choice, s.total, network.plan, network.places)
+    return guard.begin()
 
 
 def _forward(network: Network, packed: Sequence[Slice], members: Sequence[Member], step: Step) -> Tensor:

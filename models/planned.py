@@ -23,8 +23,8 @@ from models.contract import Choice
 
 AUTO = "auto"
 STRATUM = 256
-"""Rows of the prompt that are repaired together. A guarded prompt is read in chunks of whole strata, so that
-how it was cut does not move a repair."""
+"""Rows of the prompt that are repaired together at least (``stratum_of``). A guarded prompt is read in chunks
+of whole strata, so that how it was cut does not move a repair."""
 
 
 class AutoParams(Params):
@@ -71,9 +71,15 @@ def planned(layers: Sequence[LayerChoice], *, seed: int = 0, max_error: float | 
     choices = tuple(_choice(each, seed) for each in layers)
     from_rows = tuple(each.exact_from for each in layers)
     guarded = max_error is not None and any(choice.backend != "exact" for choice in choices)
-    multiple = math.lcm(STRATUM if guarded else 1, *(choice.params.chunk_multiple() for choice in choices))
+    multiple = math.lcm(*(stratum_of(each) if guarded else each.params.chunk_multiple() for each in choices))
     params = AutoParams(max_error=max_error, multiple=multiple)
     return Planned(AUTO, params, seed, choices, from_rows, guarded)
+
+
+def stratum_of(choice: Choice) -> int:
+    """Rows of the prompt that are repaired together in a layer that runs ``choice``: whole query tiles, for
+    the rows of a tile before a repair would choose other keys without the rest of it."""
+    return math.lcm(STRATUM, choice.params.chunk_multiple())
 
 
 def exact(seed: int = 0) -> Choice:

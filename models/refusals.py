@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from models.contract import SequenceState, Slice
 from models.meter import SequenceMeter
 from models.network import Network
-from models.planned import STRATUM, Planned
+from models.planned import Planned
 from models.sequence import OpenSequence
 
 BEGUN = "its sequence belongs to a forward that has begun"
@@ -64,11 +64,13 @@ def _plan_refusal(s: Slice, state: OpenSequence, n: int) -> str | None:
     """Of a prompt that a guard watches: it reads it whole, in whole strata, under one plan."""
     if not isinstance(s.choice, Planned) or not s.choice.guarded:
         return None
-    stop = state.length + n
+    stop, stratum = state.length + n, s.choice.params.chunk_multiple()
     if stop > s.total:
         return "a guarded plan reads the prompt alone: generated tokens need another choice"
-    if state.length % STRATUM or (stop % STRATUM and stop < s.total):
-        return f"a guarded plan reads whole strata of {STRATUM} rows: {state.length} .. {stop} was asked for"
+    if state.length % stratum or (stop % stratum and stop < s.total):
+        return f"a guarded plan reads whole strata of {stratum} rows: {state.length} .. {stop} was asked for"
+    if state.guard is None and state.length:
+        return f"a guarded plan reads the prompt whole: {state.length} tokens were read without its guard"
     if state.guard is not None and (state.guard.choice != s.choice or state.guard.total != s.total):
         return "its prompt is being read under another plan"
     return None

@@ -71,8 +71,7 @@ def _look(layer: Layer, guard: Reading, out: Tensor, done: Done, begin: int) -> 
         exact = used.to(accumulator_dtype(used.dtype))
     else:
         q = layer.q[:, :, piece.rows][:, :, rows]
-        where = positions.to(q.device)
-        exact = exact_rows(q, where, seen.k, seen.v, layer.scale, layer.plan.causal)
+        exact = exact_rows(q, positions, seen.k, seen.v, layer.scale, layer.plan.causal)
     return guard.look(layer.index, piece.start, positions, exact, used)
 
 
@@ -83,7 +82,7 @@ def _exactly(layer: Layer, out: Tensor, done: Done, begin: int) -> Done:
     rows = done.piece.rows
     out[:, rows.start - begin : rows.stop - begin] = result.out.transpose(1, 2)
     dropped = result.dropped[0] if result.dropped else None
-    return Done(done.piece, done.keys, result.stats[0], dropped, backend)
+    return Done(done.piece, done.keys, result.stats[0], dropped, backend, exact=True)
 
 
 def _before(done: Done, piece: Piece, pairs_repaired: int, part: float) -> Done:
@@ -111,7 +110,6 @@ def _with_waste(layer: Layer, stats: Stats, before: Stats, part: float) -> Stats
         other_flops=stats.other_flops + round(flops),
         selection_ms=stats.selection_ms + waste.selection_ms,
         compute_ms=stats.compute_ms + waste.compute_ms,
-        kept_per_head=_of_heads(stats, layer.plan.num_heads) if before.kept_per_head is not None else None,
     )
 
 
@@ -126,7 +124,3 @@ def _scaled(stats: Stats, part: float) -> Stats:
         selection_ms=stats.selection_ms * part,
         compute_ms=stats.compute_ms * part,
     )
-
-
-def _of_heads(stats: Stats, num_heads: int) -> tuple[int, ...]:
-    return (stats.pairs_kept // num_heads,) * num_heads

@@ -32,7 +32,7 @@ from models.memory import estimate_bytes
 from models.meter import SequenceMeter
 from models.network import Network
 from models.packed import step
-from models.planned import STRATUM, Planned
+from models.planned import Planned, stratum_of
 from models.refusals import BEGUN, check
 from models.sequence import OpenSequence, Sequences
 
@@ -85,8 +85,9 @@ class Model:
         if len(choice.layers) != len(applied):
             return [f"the plan has {len(choice.layers)} layers, {self._info.name!r} has {len(applied)}"]
         found = [reason for part in choice.parts for reason in self.unsupported(part)]
-        askew = sorted({row for row in choice.exact_from if row is not None and row % STRATUM})
-        found += [f"exact_from is {row}: exact rows begin at multiples of {STRATUM}" for row in askew]
+        borders = zip(choice.exact_from, map(stratum_of, choice.layers), strict=True)
+        askew = sorted({(row, stratum) for row, stratum in borders if row is not None and row % stratum})
+        found += [f"exact_from is {row}: exact rows begin at multiples of {unit}" for row, unit in askew]
         if choice.guarded and not found:
             try:
                 guard_of(choice, 1, self._network.plan, self._network.places)

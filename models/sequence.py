@@ -120,7 +120,9 @@ class OpenSequence:
             )
         chain = self._chain.copy() if self._chain is not None else None
         cache = self.cache.fork(capacity, self.length)
-        return OpenSequence(capacity, cache, self.length, self._sharing, chain)
+        other = OpenSequence(capacity, cache, self.length, self._sharing, chain)
+        other.guard = self.guard.copy() if self.guard is not None else None
+        return other
 
     def close(self) -> None:
         self.closed = True

@@ -151,7 +151,11 @@ def _run_batch(
     result = attend_pieces(layer, pieces, keys, backend, params)
     out = result.out.transpose(1, 2)
     dropped = result.dropped or [None] * len(pieces)
-    done = [Done(*each, backend) for each in zip(pieces, keys, result.stats, dropped, strict=True)]
+    approximates = load_backend(backend).capabilities.approximates
+    done = [
+        Done(piece, of, stats, its, backend, is_exact(stats, approximates))
+        for piece, of, stats, its in zip(pieces, keys, result.stats, dropped, strict=True)
+    ]
     if group.guarded and layer.plan.window is None:
         done = repaired(layer, out, done)
     if group.measured and layer.plan.window is None:
@@ -170,10 +174,10 @@ def _as_repaired(
 
 
 def _count_all(layer: Layer, done: Sequence[Done]) -> None:
-    """Each member's work, of all its pieces."""
-    of_members: dict[int, list[Done]] = {}
+    """Each member's work, of all its pieces; what was repaired apart, as in the steps that follow."""
+    of_members: dict[tuple[int, str], list[Done]] = {}
     for each in done:
-        of_members.setdefault(each.piece.member.rows.start, []).append(each)
+        of_members.setdefault((each.piece.member.rows.start, each.backend), []).append(each)
     for some in of_members.values():
         rows = sum(each.piece.num_rows for each in some)
         stats = merged([(each.stats, each.piece.num_rows) for each in some])
@@ -188,7 +192,6 @@ def _measure(layer: Layer, out: Tensor, done: Sequence[Done]) -> None:
         if reading is None or not reading.measures(layer.index):
             continue
         seen = segment(layer.plan, piece, each.keys, begin)
-        approximates = load_backend(each.backend).capabilities.approximates
         computed = Computed(
             layer=layer.index,
             plan=layer.plan,
@@ -199,7 +202,7 @@ def _measure(layer: Layer, out: Tensor, done: Sequence[Done]) -> None:
             v=seen.v,
             out=out[:, seen.rows],
             dropped=each.dropped,
-            exact=is_exact(each.stats, approximates),
+            exact=each.exact,
         )
         look(reading, computed)
 

@@ -68,7 +68,8 @@ class Piece:
 def one_after_another(
     wholes: Sequence[Piece], layer: LayerPlan, backend: Backend, params: Params, itemsize: int, on_cpu: bool
 ) -> list[list[Piece]]:
-    """The rows of ``wholes`` in order, in batches of about STRETCH_FLOPS with a yield point between."""
+    """The rows of ``wholes`` in order, in batches of about STRETCH_FLOPS with a yield point between. A guard
+    has looked at a piece before the next of its sequence begins, which may have to be exact."""
     batches: list[list[Piece]] = [[]]
     room = STRETCH_FLOPS
     for whole in wholes:
@@ -76,12 +77,16 @@ def one_after_another(
         flops = backend.flops(params, layer.call_shape(whole.num_rows, num_keys, itemsize, on_cpu))
         for piece in _pieces(whole, layer, backend, params, flops):
             share = flops * piece.num_rows / whole.num_rows
-            if batches[-1] and share > room:
+            if batches[-1] and (share > room or _waits(piece, batches[-1][-1])):
                 batches.append([])
                 room = STRETCH_FLOPS
             batches[-1].append(piece)
             room -= share
     return batches
+
+
+def _waits(piece: Piece, last: Piece) -> bool:
+    return piece.member is last.member and piece.member.guard is not None
 
 
 def _pieces(

@@ -15,6 +15,7 @@ from service.answers import Attended
 from service.attention import unsupported
 from service.auto_spec import AutoSpec, choice_of, replayed
 from service.chosen import AutoPlan, Chosen, ChosenAuto
+from service.errors import ApiError
 from service.flow import Flow
 from service.runtime import Runtime
 
@@ -41,7 +42,7 @@ async def resolve_auto(
         choice, plan = replayed(spec)
         given = Chosen(spec.name, choice, verify=spec.verify, path=spec.path, plan=plan)
         return replace(auto, inputs=(given,) * len(lengths))
-    profile = await _profile_of(flow, model, timeout_ms)
+    profile = await _profile_of(flow, model, spec, timeout_ms)
     if auto.scores:
         profile = without_prompt_selection(profile)
     made = await flow.offload(lambda: {tokens: chosen_of(spec, profile, tokens) for tokens in set(lengths)})
@@ -69,7 +70,7 @@ def without_prompt_selection(profile: Profile) -> Profile:
     return profile.model_copy(update={"layers": tuple(kept(ladder) for ladder in profile.layers)})
 
 
-async def _profile_of(flow: Flow, model: ServedModel, timeout_ms: int | None) -> Profile:
+async def _profile_of(flow: Flow, model: ServedModel, spec: AutoSpec, timeout_ms: int | None) -> Profile:
     runtime, name = flow.runtime, model.info.name
     waiting = _waiting.setdefault(runtime, Counter())
     if waiting.total():
@@ -77,8 +78,20 @@ async def _profile_of(flow: Flow, model: ServedModel, timeout_ms: int | None) ->
     waiting[name] += 1
     try:
         return await runtime.profiles.of(flow, model, timeout_ms)
+    except ApiError as error:
+        raise _own(error, spec) from None
     finally:
         waiting[name] -= 1
+
+
+def _own(error: ApiError, spec: AutoSpec) -> ApiError:
+    """What all who wait are told, as this request's own: it names the field as the request has it, and what
+    it becomes on its way to the answer is no other's."""
+    param = f"{spec.path}.backend" if error.code == "attention_not_supported" else error.param
+    limits, retry_s = error.limits, error.retry_after_s
+    return ApiError(
+        error.code, error.detail, param=param, limits=limits, retry_after_s=retry_s, stage=error.stage
+    )
 
 
 def _check(chosen: Chosen, model: ServedModel) -> None:

@@ -139,6 +139,8 @@ def _read(raw: Any, path: str) -> tuple[LayerChoice, ...]:
         raise bad_params(f"{path}.{where}", message.partition(", got ")[0], way_out, {}) from None
     for i, layer in enumerate(layers):
         at = f"{path}.plan[{i}]"
+        if layer.layer > MAX_ROW:
+            raise bad_params(f"{at}.layer", f"must be at most {MAX_ROW}", way_out, {"le": MAX_ROW})
         params_of(backend_of(layer.backend, f"{at}.backend"), layer.params, at)
         if layer.exact_from is not None and layer.exact_from > MAX_ROW:
             raise bad_params(f"{at}.exact_from", f"must be at most {MAX_ROW}", way_out, {"le": MAX_ROW})

@@ -1,5 +1,5 @@
-"""The measuring of a profile as a job of the engine: behind everybody else's work, in the lane of long
-documents."""
+"""The measuring of a profile as a job of the engine: left for short work wherever it can be, sharing the
+lane of long documents with other models' and its own."""
 
 from __future__ import annotations
 

@@ -143,19 +143,26 @@ class Profiles:
         except Exception as error:
             self._failed(name, obtaining, error)
         else:
-            if self._obtaining.pop(name, None) is obtaining:
+            if self._is_over(name, obtaining):
                 self._failures.pop(name, None)
                 self._ready.setdefault(name, ready)
                 obtaining.found.set_result(self._ready[name].profile)
 
     def _failed(self, name: str, obtaining: _Obtaining, error: Exception) -> None:
-        if self._obtaining.pop(name, None) is not obtaining:
+        if not self._is_over(name, obtaining):
             return
         told = _failure(name, error)
         if obtaining.measuring:
             self._failures[name] = told.detail
             log.warning("%s", told.detail)
         _fail(obtaining, told)
+
+    def _is_over(self, name: str, obtaining: _Obtaining) -> bool:
+        """False where it was given up: another of that name may be under way by now, which stays."""
+        if self._obtaining.get(name) is not obtaining:
+            return False
+        del self._obtaining[name]
+        return True
 
     async def _look(self, model: ServedModel, obtaining: _Obtaining) -> _Ready:
         served, cache_dir = network_model(model), self._cache_dir

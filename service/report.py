@@ -16,6 +16,8 @@ from service.runtime import Runtime
 
 log = logging.getLogger("longreach.access")
 
+MAX_ERROR_RATIO = 100.0
+"""What is above counts as this: one request with next to no budget must not drown the sum of all others."""
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
@@ -144,7 +146,8 @@ def observe_auto(runtime: Runtime, record: Record, job: Job, auto: ChosenAuto) -
         metrics.budget_violations.labels(model).inc()
     planned_exact = all(plan.is_exact for plan in auto.plans)
     if not planned_exact and budget.estimate is not None:
-        metrics.auto_error_ratio.labels(model).observe(budget.estimate / budget.max_error)
+        ratio = min(budget.estimate / budget.max_error, MAX_ERROR_RATIO)
+        metrics.auto_error_ratio.labels(model).observe(ratio)
     metrics.auto_requests.labels(model, _auto_outcome(budget, planned_exact)).inc()
 
 

@@ -22,16 +22,16 @@ ADMISSION_ERRORS = (
     "engine_unhealthy",
 )
 QUEUE_ERRORS = ("queue_full", "token_budget_exhausted", "cost_budget_exhausted")
+PROFILE_ERRORS = ("never_fits_memory", "model_unloaded", "internal_error")
+"""Also where nothing is run, while the profile is measured that ``auto`` plans with."""
 RUN_ERRORS = (
     *ADMISSION_ERRORS,
     *QUEUE_ERRORS,
+    *PROFILE_ERRORS,
     "invalid_attention_params",
     "attention_not_supported",
     "context_length_exceeded",
     "empty_input",
-    "never_fits_memory",
-    "model_unloaded",
-    "internal_error",
     "non_finite_output",
     "deadline_exceeded",
 )

@@ -22,7 +22,7 @@ from service.generation import attended_pair, check_new_tokens
 from service.inputs import Reading, Tokens
 from service.meters import effort_of
 from service.problems import documented
-from service.routes.common import ADMISSION_ERRORS, QUEUE_ERRORS
+from service.routes.common import ADMISSION_ERRORS, PROFILE_ERRORS, QUEUE_ERRORS
 from service.runtime import Runtime
 from service.schemas import EstimateRequest
 
@@ -98,6 +98,7 @@ class EstimateAnswer(BaseModel):
         "context_length_exceeded",
         "empty_input",
         "deadline_exceeded",
+        *PROFILE_ERRORS,
     ),
     summary="What a request would take",
 )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from kernels.api import describe
@@ -26,13 +26,12 @@ class AutoCard(BaseModel):
     """The model's profile, which attention ``auto`` plans with. ``none``: not measured or looked for yet."""
 
     state: Literal["none", "measuring", "ready", "failed"]
-    progress: str
-    """While it is measured, how far that is; of a failure, its reason."""
-    lengths: list[int]
-    """Calibrated lengths in tokens."""
-    source: Literal["cache", "shipped", "measured", "put"] | None
-    """Where it comes from: found in the cache; errors shipped with the product and times measured here;
-    measured here; given by hand."""
+    progress: str = Field(description="while it is measured, how far that is; of a failure, its reason")
+    lengths: list[int] = Field(description="calibrated lengths in tokens")
+    source: Literal["cache", "shipped", "measured", "put"] | None = Field(
+        description="where it comes from: found in the cache; errors shipped with the product and times "
+        "measured here; measured here; given by hand"
+    )
 
 
 class ModelCard(BaseModel):

@@ -266,14 +266,21 @@ def test_at_first_use_the_times_of_a_shipped_profile_are_measured_and_kept(
     assert cached(stamp, tmp_path, silent) == found
 
 
-def test_memory_decides_the_longest_length(shipped: Profile, decoder: Model, tmp_path: Path) -> None:
+def test_half_of_the_memory_decides_the_longest_length_and_all_of_it_the_shortest(
+    shipped: Profile, decoder: Model, tmp_path: Path
+) -> None:
     save(shipped, tmp_path / "tiny.json")
     stamp = stamp_of(decoder)
     whole = measurement_for(decoder, stamp, None, silent, tmp_path)
     told: list[str] = []
-    less = measurement_for(decoder, stamp, whole.num_bytes - 1, told.append, tmp_path)
+    same = measurement_for(decoder, stamp, 2 * whole.num_bytes, told.append, tmp_path)
+    assert same.num_bytes == whole.num_bytes and not told
+    less = measurement_for(decoder, stamp, 2 * whole.num_bytes - 1, told.append, tmp_path)
     assert less.num_bytes < whole.num_bytes and less.flops < whole.flops
     assert "no memory for more than 128 tokens" in told[0]
+    tight = measurement_for(decoder, stamp, less.num_bytes, told.append, tmp_path)
+    assert "no memory for more than 64 tokens" in told[1]
+    assert measurement_for(decoder, stamp, tight.num_bytes, silent, tmp_path).num_bytes == tight.num_bytes
     with pytest.raises(ModelError, match=r"requests may hold 1,000 \(memory_limit_bytes\)"):
         measurement_for(decoder, stamp, 1000, silent, tmp_path)
     with pytest.raises(ModelError, match="memory_limit_bytes"):

@@ -78,6 +78,33 @@ def test_no_row_before_the_call_is_repaired() -> None:
     assert one.judge(LayerGuard(), rows, 0).exact_from == 1280
 
 
+def test_a_stratum_is_as_tall_as_the_layers_query_tile() -> None:
+    tall = LayerChoice(9, "vertical_slash", {"query_tile": 512})
+    choice = planned([LayerChoice(3, "sinks"), LayerChoice(8, "exact"), tall], max_error=0.1)
+    one = SequenceGuard(choice, 4096, {3: 0, 8: 1, 9: 2}, {})
+    assert [one.stratum(layer) for layer in (3, 8, 9)] == [STRATUM, STRATUM, 512]
+    assert choice.params.chunk_multiple() == 512
+    rows = [Looked(1300, 2.0, 1.0)]
+    assert one.judge(LayerGuard(), rows, 0, 512).exact_from == 1024
+
+
+def test_every_row_of_a_block_is_looked_at_as_often_as_the_others() -> None:
+    """So that what a row stands for, the size of its block, makes the sums unbiased."""
+    total, seeds = 16 * 3 + 5, 4000
+    counts = torch.zeros(total)
+    for seed in range(seeds):
+        counts[guard(total, seed).rows(3, 0, total)] += 1
+    for block, size in ((slice(0, 16), 16), (slice(32, 48), 16), (slice(48, 53), 5)):
+        expected = seeds / size
+        assert float(((counts[block] - expected) ** 2 / expected).sum()) < 3 * size + 10
+
+
+@pytest.mark.parametrize("spent, energy", [(math.nan, 1.0), (math.inf, 1.0), (math.nan, math.nan)])
+def test_an_error_that_is_no_number_is_repaired(spent: float, energy: float) -> None:
+    one = guard(1000)
+    assert one.judge(LayerGuard(), [Looked(0, 0.0, 1.0), Looked(300, spent, energy)], 0).exact_from == 256
+
+
 def test_outputs_of_zero_are_no_error_unless_something_else_was_given() -> None:
     one = guard(100)
     nothing = one.judge(LayerGuard(), [Looked(0, 0.0, 0.0)], 0)

@@ -180,6 +180,77 @@ def test_a_forward_that_is_left_repairs_the_same(model: Model, monkeypatch: pyte
     assert [each.exact_from for each in state.kept] == [each.exact_from for each in kept]
 
 
+def test_rows_behind_a_repair_are_exact_where_a_forward_may_be_left(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the short stretch at the end, for which the call before it would have had room."""
+    params, total = {"sinks": 2, "window": 100}, 2 * STRATUM + 100
+    pick, ids = planned(layers_of(model, [("sinks", params)]), max_error=0.2), random_ids(total, 7)
+    wanted, kept, _ = read(model, ids, pick)
+    assert any(each.exact_from == STRATUM for each in kept)
+    flops = model.flops(total, 0, choice("sinks", **params), "nothing").attention / 3
+    monkeypatch.setattr(models.stretches, "STRETCH_FLOPS", 0.7 * flops)
+    monkeypatch.setattr(models.stretches, "DENSE_ROWS", 128)
+    state = model.open(total)
+    result = model.begin([Slice(state, ids, pick, "hidden", total)]).advance(lambda: False)
+    assert result is not None and close(result.results[0].hidden, wanted, 1e-9)
+    assert [each.exact_from for each in state.kept] == [each.exact_from for each in kept]
+
+
+@pytest.mark.parametrize("max_error", [0.05, 0.1, 0.15])
+def test_errors_before_a_repair_are_measured(model: Model, max_error: float) -> None:
+    """As in the replay, where the rows before it are a call of their own."""
+    ids, layers = random_ids(N, 5), layers_of(model, [("sinks", {"sinks": 2, "window": 200})])
+    _, kept, error = read(model, ids, planned(layers, max_error=max_error), verify=ALL)
+    assert all(each.exact_from in (STRATUM, 2 * STRATUM) for each in kept)
+    _, _, again = read(model, ids, replayed(layers, kept), verify=ALL)
+    assert error is not None and again is not None
+    for one, other in zip(error.layers, again.layers, strict=True):
+        assert one.estimate == pytest.approx(other.estimate, rel=1e-6) and one.estimate > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_repair_does_not_cut_a_query_tile(model: Model, seed: int) -> None:
+    """The rows of a tile before it would choose other keys in the replay."""
+    params = {"query_tile": 512, "num_verticals": 32, "num_slashes": 2}
+    ids, layers = random_ids(N, seed), layers_of(model, [("vertical_slash", params)])
+    pick = planned(layers, seed=seed, max_error=0.04)
+    guarded, kept, _ = read(model, ids, pick)
+    assert any(each.exact_from is not None for each in kept)
+    assert all(each.exact_from is None or each.exact_from % 512 == 0 for each in kept)
+    again = replayed(layers, kept, seed)
+    assert model.unsupported(again) == [] and close(read(model, ids, again)[0], guarded, 1e-9)
+    assert close(read(model, ids, pick, [512])[0], guarded, 1e-9)
+    askew = planned([replace(each, exact_from=STRATUM) for each in layers])
+    assert model.unsupported(askew) == ["exact_from is 256: exact rows begin at multiples of 512"]
+
+
+def test_a_fork_of_a_guarded_prompt_goes_on_under_what_its_guard_has_seen(model: Model) -> None:
+    pick, ids = planned(layers_of(model), max_error=0.02), random_ids(N, 7)
+    wanted, kept, _ = read(model, ids, pick)
+    assert any(each.exact_from is not None for each in kept)
+    state, cut = model.open(N), 4 * STRATUM
+    model.step([Slice(state, ids[:cut], pick, "nothing", N)])
+    before, fork = state.kept, model.fork(state, N)
+    assert fork.kept == before
+    rest = model.step([Slice(fork, ids[cut:], pick, "hidden", N)]).results[0].hidden
+    assert rest is not None and close(rest, wanted[cut:], 1e-9)
+    assert [each.exact_from for each in fork.kept] == [each.exact_from for each in kept]
+    assert state.kept == before != fork.kept
+
+
+def test_a_first_step_that_fails_leaves_no_guard(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plan may read the prompt then."""
+    ids, state = random_ids(300), model.open(300)
+    with monkeypatch.context() as patched:
+        patched.setattr(model._network.body.layers[2].mlp, "forward", lambda x: x / 0.0 * 0.0)
+        with pytest.raises(NonFiniteOutput):
+            model.step([Slice(state, ids, planned(layers_of(model), max_error=0.1), "nothing", 300)])
+    assert state.kept == ()
+    model.step([Slice(state, ids, planned(layers_of(model), max_error=0.2), "nothing", 300)])
+    assert len(state.kept) == 3
+
+
 def test_a_step_that_fails_leaves_the_guard_as_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pick, ids = planned(layers_of(model), max_error=0.02), random_ids(3 * STRATUM, 2)
     _, wanted, _ = read(model, ids, pick, [STRATUM])
@@ -234,6 +305,10 @@ def test_a_guarded_prompt_is_refused_where_it_is_not_read_in_strata(model: Model
     ):
         with pytest.raises(ValueError, match=told):
             model.step([Slice(state, part, pick, "nothing", total)])
+    begun = model.open(700)
+    model.step([Slice(begun, ids[:STRATUM], choice(), "nothing", 600)])
+    with pytest.raises(ValueError, match="256 tokens were read without its guard"):
+        model.step([Slice(begun, ids[STRATUM:], pick, "nothing", 600)])
     model.step([Slice(state, ids[:STRATUM], pick, "nothing", 600)])
     other = planned(layers_of(model), max_error=0.2)
     with pytest.raises(ValueError, match="under another plan"):
@@ -247,6 +322,40 @@ def test_what_a_plan_takes_is_predicted_layer_by_layer(model: Model) -> None:
     assert mixed.linear == plain[0].linear
     sizes = [model.estimate_bytes(1500, 0, choice(name, **params), 512) for name, params in HALVES]
     assert max(sizes) <= 1.01 * model.estimate_bytes(1500, 0, planned(layers_of(model)), 512)
+
+
+@pytest.mark.parametrize("served", ["model", "encoder"])
+def test_exact_rows_of_a_replayed_plan_are_priced_as_exact(
+    served: str, request: pytest.FixtureRequest
+) -> None:
+    model, total = request.getfixturevalue(served), 1024
+    sinks = {"sinks": 2, "window": 100}
+    layers = layers_of(model, [("sinks", sinks)])
+
+    def attention(pick: Choice, rows: int = total, start: int = 0) -> float:
+        return float(model.flops(rows, start, pick, "nothing").attention)
+
+    def behind(row: int) -> Choice:
+        return planned([replace(each, exact_from=row) for each in layers])
+
+    plain, dear = choice("sinks", **sinks), choice()
+    assert attention(behind(0)) == attention(dear) and attention(behind(total)) == attention(plain)
+    if model.info.causal:
+        assert attention(behind(512)) == pytest.approx(
+            attention(plain, 512) + attention(dear, total - 512, 512)
+        )
+        assert attention(behind(512), 256, 256) == attention(plain, 256, 256)
+        assert attention(behind(512), 256, 768) == attention(dear, 256, 768)
+    else:
+        assert attention(behind(512)) == pytest.approx((attention(plain) + attention(dear)) / 2)
+
+
+def test_a_repairs_own_answer_is_foreseen(model: Model) -> None:
+    """While it is computed, what it replaces is there too."""
+    whole = model.estimate_bytes(1500, 0, choice(), 1500)
+    layers = layers_of(model, [("sinks", {"sinks": 2, "window": 16})])
+    answer = 1500 * 6 * model._network.plan.layers[0].shape.value_dim * 8
+    assert model.estimate_bytes(1500, 0, planned(layers, max_error=0.1), 1500) >= whole + answer
 
 
 def test_work_counts_what_ran(model: Model) -> None:
@@ -266,6 +375,25 @@ def test_work_counts_what_ran(model: Model) -> None:
             assert work.pairs_kept > 0.95 * work.pairs_exact and work.flops > work.flops_exact
         state.close()
     assert flops[1e-9] > flops[0.1] > flops[1.0]
+
+
+def test_heads_are_counted_up_to_a_repair(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact rows have no heads that choose apart, wherever a forward may be left."""
+    monkeypatch.setattr(models.stretches, "STRETCH_FLOPS", 8e6)
+    monkeypatch.setattr(models.stretches, "DENSE_ROWS", 128)
+    hashed = {"cluster_size": 16, "window": 100, "sinks": 2, "num_buckets": 8, "centre_keys": 16}
+    pick, ids = planned(layers_of(model, [("lsh", hashed)]), max_error=0.3), random_ids(N, 5)
+    for left in (False, True):
+        state = model.open(N)
+        part = Slice(state, ids, pick, "nothing", N)
+        result = model.begin([part]).advance(lambda: False) if left else model.step([part])
+        assert result is not None
+        work, rows = result.results[0].work, [each.exact_from for each in state.kept]
+        assert any(each for each in rows) and work.exact_per_head
+        for layer, exact in work.exact_per_head.items():
+            border = N if rows[layer] is None else rows[layer]
+            assert border and exact == border * (border + 1) // 2
+            assert all(kept <= exact for kept in work.kept_per_head[layer])
 
 
 class BlindParams(Params):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from jsonschema import Draft202012Validator
 
 from models.auto import as_json
 from models.auto import plan as plan_of
-from models.contract import Kept
+from models.contract import Kept, ModelError
 from models.planned import Planned
 from models.profile import Ladder, Length, Made, Profile, Rung, Stamp
+from service import auto as auto_module
 from service.answers import Attended
 from service.attention import choose, parse, parse_pair
 from service.auto import chosen_of, without_prompt_selection
@@ -28,6 +30,7 @@ from service.auto_spec import AutoSpec
 from service.chosen import ChosenAuto, is_guarded
 from service.cli import main
 from service.cli_compare import parse_spec
+from service.errors import ApiError
 from service.estimate import looks_ahead
 from service.metrics import PROFILE_STATES, Metrics
 from service.runtime import Runtime
@@ -369,6 +372,13 @@ class TestAnswer:
                 labels = {"model": "dec", "backend": backend}
                 assert sample(text, "longreach_auto_layers_total", **labels) == 1
 
+    def test_next_to_no_budget_does_not_drown_the_ratio_of_others(self) -> None:
+        with planning(decoder(guard=repairing(0, 0.5))) as client:
+            runtime_of(client).profiles.put("dec", profile([rung(*WINDOW, 0.0, 0.2)], []))
+            post(client, "/v1/generate", {"prompt": TEXT, "attention": auto(1e-300)})
+            text = client.get("/metrics").text
+        assert sample(text, "longreach_auto_error_ratio_sum", model="dec") == 100
+
     def test_exact_plans_replays_and_comparisons_are_no_measure_of_budgets(self) -> None:
         with planning(decoder()) as client:
             post(client, "/v1/score", {"input": TEXT, "attention": auto(0.01)})
@@ -560,6 +570,7 @@ class TestErrors:
                 "params of window",
             ),
             (given(*([PLAN[0]] * 2000)), "attention.plan", "1,024"),
+            (given(PLAN[0], {**PLAN[1], "layer": 10**400}), "attention.plan[1].layer", "most"),
             (auto(budget=1), "attention.budget", "max_error"),
             (auto(seed=-1), "attention.seed", "between"),
             (auto(fallback="none"), "attention.fallback", "exact"),
@@ -639,6 +650,25 @@ class TestErrors:
                 assert answer.json()["param"] == "attention" and "'exact'" in answer.json()["detail"]
             metrics = client.get("/metrics").text
             assert 'attention="auto"' not in metrics
+
+    @pytest.mark.parametrize(
+        ("path", "text", "attention", "param"),
+        [
+            ("/v1/generate", "prompt", auto(), "attention.backend"),
+            ("/v1/generate", "prompt", {"prefill": auto()}, "attention.prefill.backend"),
+            ("/v1/estimate", "input", ["exact", auto()], "attention[1].backend"),
+        ],
+    )
+    def test_a_model_without_a_profile_is_told_at_the_field_that_needs_it(
+        self, path: str, text: str, attention: Any, param: str
+    ) -> None:
+        with in_process(decoder()) as client:
+            answer = client.post(path, json={"model": "dec", text: "a", "attention": attention})
+            assert answer.status_code == 400 and answer.json()["code"] == "attention_not_supported"
+            assert answer.json()["param"] == param
+            body = {"model": "dec", "input": "a", "attention": ["window", auto()]}
+            _, found = post(client, "/v1/compare", body)["results"]
+            assert found["error"]["param"] == "attention[1].backend"
 
     def test_a_model_that_cannot_run_its_plan_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = decoder()
@@ -721,6 +751,57 @@ class TestProfile:
             found = [pool.submit(held.post, "/v1/generate", body) for _ in range(6)]
             codes = sorted(each.result().status_code for each in found)
         assert codes == [429] * 3 + [504] * 3
+
+    def test_each_who_waits_is_told_a_failure_at_a_field_of_its_own(self, held: Any) -> None:
+        profiles = held.runtime.profiles
+        asked: list[Any] = [auto(), {"prefill": auto()}]
+        go = threading.Event()
+
+        async def look(model: FakeModel, of_it: Any) -> None:
+            of_it.measuring = True
+            await asyncio.to_thread(go.wait)
+            raise ModelError("no text")
+
+        profiles._look = look
+        with ThreadPoolExecutor(2) as pool:
+            found = [
+                pool.submit(held.post, "/v1/generate", {"prompt": TEXT, "attention": each}) for each in asked
+            ]
+            wait_for(lambda: sum(auto_module._waiting.get(held.runtime, {}).values()) == 2)
+            go.set()
+            told = [each.result().json()["param"] for each in found]
+        assert told == ["attention.backend", "attention.prefill.backend"]
+
+    def test_a_model_that_was_unloaded_meanwhile_is_at_fault_itself(self, held: Any) -> None:
+        async def gone(*given: Any) -> None:
+            raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
+
+        held.runtime.profiles.of = gone
+        answer = held.post("/v1/generate", {"prompt": TEXT, "attention": auto()})
+        assert (answer.status_code, answer.json()["param"]) == (404, "model")
+
+    def test_what_was_given_up_does_not_end_what_began_after_it(self, held: Any) -> None:
+        profiles, ends = held.runtime.profiles, threading.Event()
+        begun: list[Any] = []
+
+        async def look(model: FakeModel, of_it: Any) -> None:
+            begun.append(of_it)
+            of_it.measuring = True
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                await asyncio.to_thread(ends.wait)
+                raise ModelError("too late") from None
+
+        profiles._look = look
+        body = {"prompt": TEXT, "attention": auto(), "timeout_ms": 500}
+        assert held.post("/v1/generate", body).status_code == 504
+        begun[0].task.get_loop().call_soon_threadsafe(profiles.give_up, "dec")
+        wait_for(lambda: profiles.state("dec")["state"] == "none")
+        assert held.post("/v1/generate", body).status_code == 504
+        ends.set()
+        wait_for(begun[0].task.done)
+        assert len(begun) == 2 and profiles.state("dec")["state"] == "measuring"
 
     def test_a_replay_needs_no_profile(self, held: Any) -> None:
         answer = held.post("/v1/generate", {"prompt": TEXT, "attention": given(*PLAN)})

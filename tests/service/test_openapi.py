@@ -48,6 +48,12 @@ def test_no_route_documents_422_and_all_document_problems(api: dict[str, Any]) -
     assert "HTTPValidationError" not in api["components"]["schemas"]
 
 
+def test_an_estimate_may_fail_as_the_measuring_of_a_profile_does(api: dict[str, Any]) -> None:
+    responses = api["paths"]["/v1/estimate"]["post"]["responses"]
+    for status, code in (("413", "never_fits_memory"), ("500", "internal_error"), ("503", "model_unloaded")):
+        assert code in responses[status]["description"]
+
+
 def test_every_backend_is_documented_with_its_bounds(api: dict[str, Any]) -> None:
     schemas = api["components"]["schemas"]
     for request in (
