@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from kernels.registry import load
 from models.contract import Choice, Flops, Prompt, ServedModel, Want
+from models.meter import HELD_ROWS
 from service.chosen import exact_choice, is_guarded
 from service.cost import Basis, CostModel
 from service.measured import Effort
@@ -26,6 +27,8 @@ MAX_SAMPLES = 32
 VERIFY_VECTORS = 24
 """Vectors of the model's width, in fp32, that a row takes while it is measured: query, both outputs and their
 difference, running sums, stretches of logits, and what the output projection makes of them; as measured."""
+HELD_VECTORS = 2
+"""Query and output of a row that waits, in every layer, until enough of them are there."""
 CLUSTERED = 2.0
 """A step may have so many times its part of the rows that are looked at."""
 FP32_BYTES = 4
@@ -125,7 +128,8 @@ def _bytes(model: ServedModel, plan: Plan, choice: Choice) -> int:
     if model.info.causal and not looks_ahead(choice):
         chunk = min(max(plan.chunk_tokens, choice.params.chunk_multiple()), plan.tokens)
     rows = math.ceil(min(CLUSTERED * plan.effort.rows, 1.0) * chunk)
-    beside = rows * VERIFY_VECTORS * model.info.embedding_dim * FP32_BYTES
+    waiting = HELD_ROWS * HELD_VECTORS * len(model.info.applied_layers) if rows else 0
+    beside = (rows * VERIFY_VECTORS + waiting) * model.info.embedding_dim * FP32_BYTES
     return model.estimate_bytes(plan.tokens, plan.new_tokens, choice, chunk) + beside
 
 
