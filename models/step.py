@@ -113,13 +113,28 @@ def _run_chosen(layer: Layer, group: Group) -> Tensor:
 def _run(layer: Layer, group: Group, backend: str, params: Params) -> Tensor:
     """One group's rows of one layer, [1, rows, H, Dv]; each member's work is counted."""
     batches = group.batches(layer.plan, layer.q, backend, params) if layer.can_be_left else group.at_once
-    if len(batches) == 1:
-        offer_to_pause()
-        out, done = _run_batch(layer, group, batches[0], _all_keys(layer, batches[0], group), backend, params)
-    else:
+    if len(batches) > 1:
         out, done = _run_in_turns(layer, group, batches, backend, params)
-    _count_all(layer, done)
-    return out.contiguous()
+        _count_all(layer, done)
+        return out
+    offer_to_pause()
+    pieces = batches[0]
+    keys = [_keys(layer, piece, group) for piece in pieces]
+    if group.guarded or group.measured:
+        out, done = _run_batch(layer, group, pieces, keys, backend, params)
+        _count_all(layer, done)
+        return out.contiguous()
+    return _run_unwatched(layer, pieces, keys, backend, params)
+
+
+def _run_unwatched(
+    layer: Layer, pieces: Sequence[Piece], keys: Sequence[Keys], backend: str, params: Params
+) -> Tensor:
+    """Whole members in one call, which is all there is to it: a decode step of many has no time for more."""
+    result = attend_pieces(layer, pieces, keys, backend, params)
+    for piece, stats in zip(pieces, result.stats, strict=True):
+        _count(piece.member.work, stats, layer.plan, piece.num_rows)
+    return result.out.transpose(1, 2).contiguous()
 
 
 def _run_in_turns(
@@ -205,10 +220,6 @@ def _measure(layer: Layer, out: Tensor, done: Sequence[Done]) -> None:
             exact=each.exact,
         )
         look(reading, computed)
-
-
-def _all_keys(layer: Layer, pieces: Sequence[Piece], group: Group) -> list[Keys]:
-    return [_keys(layer, piece, group) for piece in pieces]
 
 
 def _keys(layer: Layer, piece: Piece, group: Group, shared: bool = False) -> Keys:
