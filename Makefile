@@ -22,11 +22,11 @@ STOP_TIMEOUT ?= 120
 RATE ?= 0
 
 comma := ,
-.PHONY: help serve test check bench interference mixing decode verify_cost chaos load clean
+.PHONY: help serve test test-gpu check bench bench-gpu interference mixing decode verify_cost chaos load clean
 
 help: ## List the targets
 	@echo "Longreach. Targets:"
-	@sed -n 's/^\([a-z_]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
+	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo "Variables:"
 	@echo "  PYTHON=python3.12           the interpreter that .venv is made from (3.11 or later)"
 	@echo "  ARGS='--port 9000'          passed on by serve, test, bench and load"
@@ -40,6 +40,10 @@ serve: $(SERVE) ## Install what is needed, fetch the demo models, serve on 127.0
 test: $(DEV) ## Install what is needed and run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+test-gpu: $(DEV) ## On a machine with an NVIDIA GPU: its kernels against fp32 references, memory flat in length
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: torch sees no CUDA device")'
+	$(BIN)/python -m pytest tests/gpu tests/kernels/triton $(ARGS)
+
 check: $(DEV) ## Lint, format, types, documents, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +54,10 @@ check: $(DEV) ## Lint, format, types, documents, Dockerfile
 
 bench: $(BENCH) ## Time every attention backend against torch's own attention
 	$(BIN)/python -m kernels.bench $(ARGS)
+
+bench-gpu: $(BENCH) ## The same on an NVIDIA GPU, against SDPA, FlexAttention and flash-attention
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("bench-gpu: torch sees no CUDA device")'
+	$(BIN)/python -m kernels.bench_gpu --json docs/kernels-gpu.json --plot docs/kernels-gpu.png $(ARGS)
 
 interference: $(SERVE) ## Short requests beside a long one, on a running server (HOST=...)
 	$(BIN)/python -m loadtests.interference --host $(HOST) $(ARGS)

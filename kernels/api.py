@@ -143,7 +143,8 @@ def attend(
     call = Call(causal=causal, scale=scale, seed=seed, layer=layer, start=start, learned=learned)
     _check_call(call)
     _check_tensors(q, k, v, start)
-    execute = _executable(method, knobs, call, impl)
+    call = replace(call, impl=chosen_impl(method, q, v, impl))
+    execute = _executable(method, knobs, call, q, v)
     with torch.no_grad():
         return execute(_rows_dense(q), _rows_dense(k), _rows_dense(v), knobs, call)
 
@@ -171,12 +172,15 @@ def attend_packed(
     call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0, learned=learned)
     _check_call(call)
     bounds = _check_segments(q, segments)
-    execute = _executable(method, knobs, call, impl)
+    call = replace(call, impl=chosen_impl(method, q, segments[0].v, impl))
+    execute = _executable(method, knobs, call, q, segments[0].v)
     work = _Packed(_rows_dense(q), [_dense_segment(segment) for segment in segments], bounds, call)
     alone: Sequence[int] = range(len(segments))
     with torch.no_grad():
-        if method.decode is not None and causal and impl in ("auto", "torch"):
+        if method.decode is not None and causal and call.impl != "reference":
             alone = work.decode(partial(method.decode, params=knobs, call=call))
+        if method.prefill is not None and call.impl == "triton":
+            alone = work.prefill(alone, partial(method.prefill, params=knobs, call=call))
         for number in alone:
             work.run(number, partial(execute, params=knobs))
     return PackedResult(work.out, tuple(work.stats), tuple(work.dropped))
@@ -224,6 +228,26 @@ class _Packed:
         decoded = set(numbers)
         return [n for n in everything if n not in decoded]
 
+    def prefill(
+        self, numbers: Sequence[int], execute: Callable[[Tensor, Sequence[Segment]], PackedResult | None]
+    ) -> Sequence[int]:
+        """Those segments in one launch, where that can be; the numbers of those that are left."""
+        if len(numbers) < 2:
+            return numbers
+        own = [replace(self.segments[n], rows=slice(*self.bounds[n])) for n in numbers]
+        result = execute(self.q, own)
+        if result is None:
+            return numbers
+        if len(numbers) == len(self.segments):
+            self.out = result.out
+        else:
+            for n in numbers:
+                rows = slice(*self.bounds[n])
+                self.out[:, :, rows] = result.out[:, :, rows]
+        for n, stats, dropped in zip(numbers, result.stats, result.dropped, strict=True):
+            self.stats[n], self.dropped[n] = stats, dropped
+        return []
+
     def _rows(self, places: Sequence[int]) -> slice | Tensor:
         """A slice where the rows follow each other."""
         first, last = places[0], places[-1]
@@ -242,6 +266,7 @@ def _own_call(call: Call, segment: Segment) -> Call:
         summaries=segment.summaries,
         kept=segment.kept,
         learned=call.learned,
+        impl=call.impl,
     )
 
 
@@ -297,17 +322,45 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]} ..."
 
 
-def _executable(backend: Backend, params: Params, call: Call, impl: Impl) -> Execute:
+def chosen_impl(backend: Backend, q: Tensor, v: Tensor, impl: Impl) -> str:
+    """The impl that a call of these tensors gets: what was asked for, or under ``auto`` triton on a CUDA
+    device where its kernels can run the call, else torch."""
+    if impl != "auto":
+        return impl
+    return "triton" if q.is_cuda and not _why_no_triton(backend, q, v) else "torch"
+
+
+def why_no_impl(name: str, impl: Impl, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Reasons why a backend cannot run by this impl on tensors of a device and dtype; [] where it can.
+    ``head_dim`` is the widest of keys and values. Raises UnknownBackend."""
+    backend = load(name)
+    if impl == "triton" and impl in backend.impls:
+        from kernels._triton.available import why_not_there
+
+        return why_not_there(device, dtype, head_dim)
+    return [] if impl == "auto" or impl in backend.impls else [_no_impl(backend, impl)]
+
+
+def _why_no_triton(backend: Backend, q: Tensor, v: Tensor) -> list[str]:
+    return why_no_impl(backend.name, "triton", q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+
+
+def _no_impl(backend: Backend, impl: str) -> str:
+    return f"it has no impl {impl!r}, only {', '.join(backend.impls)}"
+
+
+def _executable(backend: Backend, params: Params, call: Call, q: Tensor, v: Tensor) -> Execute:
     """The impl that will run, or Unsupported with every reason."""
     reasons: list[str] = []
-    able, causal = backend.capabilities, call.causal
+    able, causal, chosen = backend.capabilities, call.causal, call.impl
     if causal and not able.causal:
         reasons.append("it has no causal form")
     if not causal and not able.bidirectional:
         reasons.append("it has no bidirectional form")
-    chosen = "torch" if impl == "auto" else impl
-    if chosen not in backend.impls:
-        reasons.append(f"it has no impl {chosen!r}, only {', '.join(backend.impls)}")
+    if chosen == "triton":
+        reasons += _why_no_triton(backend, q, v)
+    elif chosen not in backend.impls:
+        reasons.append(_no_impl(backend, chosen))
     if able.learned and call.learned is None:
         reasons.append("it needs parameters that a model must carry for it, and none were given")
     reasons += backend.unsupported(params, causal)

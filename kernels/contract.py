@@ -161,6 +161,9 @@ class Call:
     None: computed for this call alone. A result never depends on it."""
     learned: object | None = None
     """The layer's own parameters for this backend, which the model carries; None where it has none."""
+    impl: str = "torch"
+    """By what the computations below a backend are carried out: ``torch`` or ``triton``. The drivers are the
+    same; what they call in ``kernels.math`` looks here."""
 
 
 class Select(Protocol):
@@ -181,6 +184,16 @@ class DecodeRows(Protocol):
     segments[s] (their own ``rows`` say nothing here) -> out [1, H, S, Dv] and what each segment's call would
     have said. Segments have equally many key heads, and keys and values with a dense last dimension. None
     where these params need one call for each."""
+
+    def __call__(
+        self, q: Tensor, segments: Sequence[Segment], params: Any, call: Call
+    ) -> PackedResult | None: ...
+
+
+class PrefillRows(Protocol):
+    """Segments of a packed call at once, whatever their lengths: q [1, H, T, D], whose rows belong to the
+    segments as ``Segment.rows`` says -> out [1, H, T, Dv] and what each segment's call would have said; rows
+    of no segment are left unwritten. None where these params need one call for each."""
 
     def __call__(
         self, q: Tensor, segments: Sequence[Segment], params: Any, call: Call
@@ -252,8 +265,11 @@ class Backend:
     select: Select | None = None
     """Only block-selecting backends have it."""
     decode: DecodeRows | None = None
-    """Impl ``torch`` on all one-row segments of a causal packed call, for what a call for each would cost
-    beyond its arithmetic; equal to those calls within rounding. None: one call for each."""
+    """All one-row segments of a causal packed call, for what a call for each would cost beyond its
+    arithmetic; equal to those calls within rounding. None: one call for each."""
+    prefill: PrefillRows | None = None
+    """Impl ``triton`` on the other segments of a packed call in one launch; equal to one call for each within
+    rounding. None: one call for each."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from models.contract import (
     Tokenizer,
     Verify,
     Want,
+    WarmUp,
     Work,
 )
 from models.forward import LeavableForward
@@ -101,6 +102,9 @@ class CalibratingModel:
 
     def unsupported(self, choice: Choice) -> list[str]:
         return self._model.unsupported(choice)
+
+    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+        return ()
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> CalibrateState:
         return CalibrateState()

@@ -69,7 +69,9 @@ class Done:
 def attend_pieces(
     layer: Layer, pieces: Sequence[Piece], keys: Sequence[Keys], backend: str, params: Params
 ) -> PackedResult:
-    """Adjacent pieces of the packed axis in one call."""
+    """Adjacent pieces of the packed axis in one call, by the impl that their choice asks for. In a layer that
+    the network itself declares local a call has members of different choices: it runs by what suits the
+    device."""
     begin, stop = pieces[0].rows.start, pieces[-1].rows.stop
     plan = layer.plan
     return attend_packed(
@@ -81,6 +83,7 @@ def attend_pieces(
         scale=layer.scale,
         layer=plan.ordinal,
         learned=layer.learned_by(backend),
+        impl="auto" if plan.window is not None else pieces[0].member.choice.impl,
     )
 
 

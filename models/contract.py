@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kernels.contract import Params
+from kernels.contract import Impl, Params
 from models.measured_error import LayerError as LayerError
 from models.measured_error import MeasuredError as MeasuredError
 from models.measured_error import Meter as Meter
@@ -29,17 +29,20 @@ of ``targets`` row by row, or the hidden states of all its rows."""
 
 @dataclass(frozen=True)
 class Choice:
-    """One attention, chosen: a backend, its validated params, and the seed of its random draws."""
+    """One attention, chosen: a backend, its validated params, the seed of its random draws, and the impl that
+    it must run by (``auto``: what suits the device)."""
 
     backend: str
     params: Params
     seed: int = 0
+    impl: Impl = "auto"
 
     @cached_property
     def method(self) -> tuple[str, str]:
-        """Backend and params as one value to sort and group by. Params may hold mappings, which have no
+        """Backend, params and impl as one value to sort and group by. Params may hold mappings, which have no
         hash: what stands for them is their JSON, its keys in order."""
-        return self.backend, json.dumps(self.params.model_dump(mode="json"), sort_keys=True)
+        name = self.backend if self.impl == "auto" else f"{self.backend} by {self.impl}"
+        return name, json.dumps(self.params.model_dump(mode="json"), sort_keys=True)
 
     def at(self, ordinal: int) -> Choice:
         """What runs in a layer, counted among those to which a choice applies."""
@@ -110,9 +113,15 @@ class Work:
         self.flops_exact += other.flops_exact
         self.selection_ms += other.selection_ms
         self.attention_ms += other.attention_ms
-        self.impl = other.impl or self.impl
+        self.ran_by(other.impl)
         for layer, kept in other.kept_per_head.items():
             self.count_heads(layer, kept, other.exact_per_head[layer])
+
+    def ran_by(self, impl: str) -> None:
+        """Another call by ``impl``. A request may run by several: under a plan, or in its steps of one
+        token."""
+        if impl and impl != self.impl:
+            self.impl = ", ".join(sorted({*self.impl.split(", "), *impl.split(", ")} - {""}))
 
     def count_heads(self, layer: int, kept: Sequence[int], exact: int) -> None:
         """``kept`` pairs of each head of one layer, of ``exact`` in each."""
@@ -297,6 +306,14 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """Something to run once before requests come: ``run`` compiles what the backend ``name`` needs."""
+
+    name: str
+    run: Callable[[], None]
+
+
 class ServedModel(Protocol):
     """A model ready to serve. ``step`` is called from one thread only; everything else from any."""
 
@@ -308,6 +325,10 @@ class ServedModel(Protocol):
 
     def unsupported(self, choice: Choice) -> list[str]:
         """Every reason why this model cannot run this choice; [] where it can."""
+
+    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+        """Kernels that these backends would otherwise compile while a request waits; () where nothing is
+        compiled, as on a CPU."""
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> SequenceState:
         """A new sequence with room for ``capacity`` tokens (prompt plus new ones). Where the cache holds a

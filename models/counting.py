@@ -31,4 +31,4 @@ def count(work: Work, stats: Stats, layer: LayerPlan, num_rows: int) -> None:
         work.count_heads(layer.ordinal, stats.kept_per_head, stats.pairs_exact // layer.num_heads)
     work.selection_ms += stats.selection_ms
     work.attention_ms += stats.selection_ms + stats.compute_ms
-    work.impl = stats.impl
+    work.ran_by(stats.impl)

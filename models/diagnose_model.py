@@ -25,6 +25,7 @@ from models.contract import (
     Tokenizer,
     Verify,
     Want,
+    WarmUp,
     Work,
 )
 from models.diagnose import diagnose, predicted_flops
@@ -70,6 +71,9 @@ class DiagnosingModel:
 
     def unsupported(self, choice: Choice) -> list[str]:
         return self._model.unsupported(choice)
+
+    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+        return ()
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> DiagnoseState:
         return DiagnoseState()

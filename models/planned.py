@@ -73,7 +73,7 @@ def planned(layers: Sequence[LayerChoice], *, seed: int = 0, max_error: float | 
     guarded = max_error is not None and any(choice.backend != "exact" for choice in choices)
     multiple = math.lcm(*(stratum_of(each) if guarded else each.params.chunk_multiple() for each in choices))
     params = AutoParams(max_error=max_error, multiple=multiple)
-    return Planned(AUTO, params, seed, choices, from_rows, guarded)
+    return Planned(AUTO, params, seed, layers=choices, exact_from=from_rows, guarded=guarded)
 
 
 def stratum_of(choice: Choice) -> int:

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from kernels.api import why_no_impl
 from kernels.registry import UnknownBackend
 from kernels.registry import load as load_backend
 from models.contract import (
@@ -22,6 +23,7 @@ from models.contract import (
     Tokenizer,
     Verify,
     Want,
+    WarmUp,
 )
 from models.flops import predict_flops
 from models.forward import LeavableForward, Ownership
@@ -35,6 +37,7 @@ from models.packed import step
 from models.planned import Planned, stratum_of
 from models.refusals import BEGUN, check
 from models.sequence import OpenSequence, Sequences
+from models.warm_ups import warm_ups_of
 
 PRICES_KEPT = 2048
 
@@ -78,7 +81,20 @@ class Model:
             reasons.append(f"backend {choice.backend!r} has no decode step, which {self._info.name!r} needs")
         if backend.capabilities.learned and choice.backend not in self._network.learned:
             reasons.append(missing(choice.backend, self._info.name))
-        return reasons + self._size_problems(choice)
+        return reasons + self._impl_problems(choice) + self._size_problems(choice)
+
+    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+        """One for each backend that would run by impl triton, over the different layers of the network."""
+        return warm_ups_of(self._network, self._info, backends)
+
+    def _impl_problems(self, choice: Choice) -> list[str]:
+        """Why the impl that was asked for cannot run on this model's device and sizes."""
+        if choice.impl == "auto":
+            return []
+        place, dtype = torch.device(self._info.device), getattr(torch, self._info.dtype)
+        shapes = [layer.shape for layer in self._network.plan.layers]
+        widest = max(max(shape.key_dim, shape.value_dim) for shape in shapes)
+        return why_no_impl(choice.backend, choice.impl, place, dtype, widest)
 
     def _planned_problems(self, choice: Planned) -> list[str]:
         applied = self._info.applied_layers

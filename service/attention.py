@@ -29,10 +29,12 @@ from service.verify_spec import check_layers, parse_verify
 
 MAX_SEED = (1 << 63) - 1
 MAX_SPECS = 32
-_FIELDS = ("backend", "params", "fallback", "seed", "verify")
+_FIELDS = ("backend", "params", "fallback", "seed", "verify", "impl")
 _OF_AUTO = ("max_error", "plan")
 
 Fallback = Literal["error", "exact"]
+AskedImpl = Literal["auto", "torch", "triton"]
+"""Impl ``reference`` is for tests: its memory grows with the square of the length."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Spec:
     path: str = "attention"
     verify: Verify | None = None
     """How its error is to be measured; None where nobody asked."""
+    impl: AskedImpl = "auto"
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class _Envelope(BaseModel):
     fallback: Fallback = "error"
     seed: int = 0
     verify: Any = None
+    impl: AskedImpl = "auto"
 
 
 def parse(raw: object, *, path: str = "attention", seed: int = 0) -> AnySpec:
@@ -104,7 +108,7 @@ def _parse_one(raw: Mapping[str, Any], path: str, seed: int) -> Spec:
     params = params_of(backend, envelope.params, path)
     used_seed = envelope.seed if "seed" in raw else seed
     verify = parse_verify(envelope.verify, f"{path}.verify", used_seed)
-    return Spec(backend, params, envelope.fallback, used_seed, path, verify)
+    return Spec(backend, params, envelope.fallback, used_seed, path, verify, envelope.impl)
 
 
 def parse_pair(raw: object, *, path: str = "attention", seed: int = 0) -> SpecPair:
@@ -153,7 +157,7 @@ def choose(
         check_layers(spec.verify, model.info, f"{spec.path}.verify.layers")
     if isinstance(spec, AutoSpec):
         return _choose_auto(spec, model, scores)
-    choice = Choice(spec.name, spec.params, spec.seed)
+    choice = Choice(spec.name, spec.params, spec.seed, spec.impl)
     reasons = _reasons(choice, model, scores)
     if decodes and not spec.backend.capabilities.decode and not reasons:
         reasons.append("it cannot decode: choose another for 'decode' beside 'prefill'")
@@ -162,6 +166,8 @@ def choose(
     if spec.fallback == "exact" and spec.name != "exact":
         return Chosen(spec.name, exact_choice(spec.seed), "; ".join(reasons), spec.verify, spec.path)
     way_out = "Choose another backend (GET /v1/attention/backends) or permit 'fallback': 'exact'."
+    if spec.impl != "auto":
+        way_out = f"Leave out 'impl' for what suits the device. {way_out}"
     raise unsupported(f"attention backend {spec.name!r}", model, reasons, way_out, spec.path)
 
 

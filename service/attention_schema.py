@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 from pydantic_core import CoreSchema, core_schema
 
 from kernels.registry import BACKENDS, load
-from service.attention import MAX_SEED, MAX_SPECS
+from service.attention import MAX_SEED, MAX_SPECS, AskedImpl
 from service.auto_spec import MAX_ROW
 from service.verify_spec import MAX_LAYERS, MAX_ROWS, MIN_ROWS
 
@@ -112,12 +112,14 @@ def _spec_model(name: str) -> type[BaseModel]:
     title = "".join(part.capitalize() for part in name.split("_"))
     fallback: Any = Literal["error", "exact"]
     named: Any = Literal[name]
+    impl: Any = AskedImpl
     fields: dict[str, Any] = {
         "backend": (named, Field(description=backend.summary)),
         "params": (backend.params, Field(default_factory=backend.params, description=f"knobs of {name}")),
         "fallback": (fallback, Field("error", description="what to do where the model cannot run it")),
         "seed": (int, Field(0, ge=0, le=MAX_SEED, description="seed of random draws")),
         "verify": (bool | VerifySpec | None, Field(None, description="measure how wrong it was")),
+        "impl": (impl, Field("auto", description="how it is executed; auto: triton on a GPU, else torch")),
     }
     return create_model(f"{title}Attention", __config__=_ClosedModel, __doc__=backend.summary, **fields)
 

@@ -200,7 +200,8 @@ class Flow:
     def finish_job(self, job: Job, attended: Attended) -> None:
         """Note how a completed job attended, which may be one of several of its request."""
         record = self.record
-        record.density = attention_of(job, attended).density
+        told = attention_of(job, attended)
+        record.density, record.impl = told.density, told.impl
         error = job.measured.prefill
         record.measured_error = None if error is None else largest_estimate(error)
         observe_job(self.runtime, record, job)

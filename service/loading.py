@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from kernels.compiled import compiled
 from models.contract import ModelError, ServedModel
 from service.errors import ApiError
 from service.logs import log_failure
@@ -56,6 +57,7 @@ async def start(runtime: Runtime, load: Callable[[Settings], dict[str, ServedMod
         models = await in_daemon_thread(lambda: load(runtime.settings))
         runtime.add_models(models)
         for model in models.values():
+            await compile_kernels(runtime, model)
             await warm_up(runtime, model)
             await measure_profile(runtime, model)
     except (ModelError, ApiError) as error:
@@ -73,6 +75,22 @@ def _fail(runtime: Runtime, why: str) -> None:
     if runtime.phase == "loading":
         runtime.failure = why
         runtime.set_phase("failed")
+
+
+async def compile_kernels(runtime: Runtime, model: ServedModel) -> None:
+    """What the model's attention compiles on a GPU, before requests wait for it. What was compiled before
+    comes from Triton's cache on disk."""
+    jobs = model.warm_ups(runtime.supported[model.info.name])
+    if not jobs:
+        return
+    started, before = runtime.clock(), compiled()
+    for number, job in enumerate(jobs):
+        runtime.progress.enter(f"compiling kernels of {model.info.name}: {job.name}", len(jobs))
+        runtime.progress.done = number
+        await in_daemon_thread(job.run)
+    now, seconds = compiled(), runtime.clock() - started
+    new, found = now.compiled - before.compiled, now.cached - before.cached
+    say(f"{model.info.name}: {new} kernels compiled and {found} found on disk in {seconds:.1f} s")
 
 
 async def warm_up(runtime: Runtime, model: ServedModel) -> None:

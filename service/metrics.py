@@ -29,6 +29,7 @@ from kernels.math.cache import CACHES
 from kernels.registry import BACKENDS
 from models.contract import CacheUse, ModelInfo, Task
 from models.planned import AUTO
+from service.compiled_metrics import CompiledKernels
 from service.errors import KINDS
 from service.measured import Cause
 from service.record import OF_NO_ATTENTION, OPERATIONS
@@ -61,6 +62,7 @@ REJECTIONS = (
     "auth",
 )
 LANES = ("short", "long")
+IMPLS = ("torch", "triton")
 PHASES = ("prefill", "decode")
 AutoOutcome = Literal["exact", "within", "repaired", "violated"]
 """Of a request with a budget: planned exact in every layer; kept as planned; kept by repair; not kept."""
@@ -108,6 +110,7 @@ class Metrics:
         ProcessCollector(namespace="longreach", registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        self.registry.register(CompiledKernels())
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         by_length = ("model", "operation", "attention", "length_bucket")
         by_operation = ("model", "operation")
@@ -148,6 +151,7 @@ class Metrics:
         self.truncated_inputs = counter("truncated_inputs", "Inputs cut on request.", "model")
         self.truncated_tokens = counter("truncated_tokens", "Tokens cut on request.", "model")
         self.density = histogram("attention_density_ratio", "Share of pairs kept.", RATIO, *by_attention)
+        self.impl = counter("attention_impl", "Requests by the impl that ran.", *by_attention, "impl")
         self.fallback = counter(
             "attention_fallback", "Permitted substitutions.", "requested", "used", "reason"
         )
@@ -282,6 +286,8 @@ class Metrics:
         for attention in backends:
             for by_attention in (self.first_token, self.inter_token, self.density, self.memory_estimate):
                 by_attention.labels(model, attention)
+            for impl in IMPLS:
+                self.impl.labels(model, attention, impl)
             if attention != "exact":
                 self._create_verified(model, attention)
         for by_model in (self.batch_requests, self.batch_tokens, self.step, self.step_prediction):

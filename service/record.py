@@ -36,6 +36,7 @@ class Record:
     model: str = "unknown"
     attention: str = "none"
     density: float | None = None
+    impl: str = ""
     measured_error: float | None = None
     input_tokens: int = 0
     length_tokens: int | None = None

@@ -100,6 +100,8 @@ def observe_job(runtime: Runtime, record: Record, job: Job) -> None:
             metrics.inter_token.labels(model, record.attention).observe(gap)
     if record.density is not None:
         metrics.density.labels(model, record.attention).observe(record.density)
+    for impl in filter(None, record.impl.split(", ")):
+        metrics.impl.labels(model, record.attention, impl).inc()
     _observe_errors(runtime, record, job)
     peak = job.memory.peak_bytes
     if peak and operation not in OF_NO_ATTENTION:  # a comparison keeps more than such a request does

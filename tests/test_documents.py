@@ -32,9 +32,9 @@ def test_files_that_are_named_exist(document: Path) -> None:
 
 @every_document
 def test_make_targets_that_are_named_exist(document: Path) -> None:
-    targets = set(re.findall(r"^([a-z_]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert (
-        set(re.findall(r"(?:`|^)make ([a-z_]+)", document.read_text(encoding="utf-8"), re.MULTILINE))
+        set(re.findall(r"(?:`|^)make ([a-z_-]+)", document.read_text(encoding="utf-8"), re.MULTILINE))
         <= targets
     )
 

@@ -137,7 +137,7 @@ BACKEND = Backend(
         random=True,
         complexity="O(N (window + global_tokens + num_random))",
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -32,11 +31,17 @@ from kernels.contract import (
     Segment,
     Workspace,
 )
-from kernels.math.accumulate import accumulator, result
 from kernels.math.decode_rows import decode_runs
 from kernels.math.flops import attention_flops, exact_pairs
 from kernels.math.masked import masked_attention
-from kernels.math.spans import Ints, RowRuns, Span, SpanPattern, add_spans, plan_for
+from kernels.math.spans import (
+    Ints,
+    RowRuns,
+    Span,
+    SpanPattern,
+    prefill_spans,
+    span_attention,
+)
 from kernels.math.workspace import panels
 
 _ONE_TILE = 1 << 40
@@ -53,10 +58,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: ExactParams, call: Call) -> AttentionResult:
-    began = perf_counter()
-    acc = accumulator(q, k, v, call)
-    add_spans(acc, plan_for(acc, _CAUSAL if call.causal else _ALL))
-    return result(acc, q, began, dropped=torch.zeros_like(acc.lse))
+    return span_attention(q, k, v, _pattern(call), call, nothing_dropped=True)
+
+
+def _pattern(call: Call) -> SpanPattern:
+    if not call.causal:
+        return _ALL
+    return _TRIANGLE if call.impl == "triton" else _CAUSAL
+
+
+def prefill(q: Tensor, segments: Sequence[Segment], params: ExactParams, call: Call) -> PackedResult:
+    pattern = _pattern(call)
+    return prefill_spans(q, segments, lambda segment: pattern, call, nothing_dropped=True)
 
 
 def decode(q: Tensor, segments: Sequence[Segment], params: ExactParams, call: Call) -> PackedResult:
@@ -78,8 +91,14 @@ def _earlier_keys(rows: Ints, num_keys: int) -> list[Span]:
     return [Span(np.zeros_like(rows), first), Span(first, rows + 1)]
 
 
+def _triangle(rows: Ints, num_keys: int) -> list[Span]:
+    """The same pairs as one span, for a kernel that has no special triangle."""
+    return [Span(np.zeros_like(rows), rows + 1)]
+
+
 _ALL = SpanPattern(key="all", spans=_all_keys, tile=_ONE_TILE)
 _CAUSAL = SpanPattern(key="all", spans=_earlier_keys, tile=_ONE_TILE)
+_TRIANGLE = SpanPattern(key="triangle", spans=_triangle)
 
 
 def workspace(params: ExactParams, shape: CallShape) -> Workspace:
@@ -104,9 +123,10 @@ BACKEND = Backend(
         complexity="O(N^2)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions="Nothing is approximated.",
 )

@@ -36,7 +36,15 @@ from kernels.math.combine import Combine, add_combined, combined_keep
 from kernels.math.decode_rows import decode_spans
 from kernels.math.flops import attention_flops, begins, own_pairs, stairs
 from kernels.math.masked import masked_attention, positions
-from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
+from kernels.math.spans import (
+    Ints,
+    Span,
+    SpanPattern,
+    add_spans,
+    plan_for,
+    prefill_spans,
+    span_attention,
+)
 from kernels.math.workspace import one_after_another, spans
 
 Spans = Callable[[Ints, int, int, bool], tuple[Span, Span]]
@@ -61,6 +69,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: FixedParams, call: Call) -> AttentionResult:
+    if call.impl == "triton" and params.combine != "multihead":
+        return span_attention(q, k, v, _one_pattern(params, call), call)
     began = perf_counter()
     acc = accumulator(q, k, v, call)
     w = params.stride
@@ -77,15 +87,29 @@ def decode(q: Tensor, segments: Sequence[Segment], params: FixedParams, call: Ca
     """Where heads keep different patterns, each row has a call of its own."""
     if params.combine == "multihead":
         return None
+    return decode_spans(q, segments, _one_pattern(params, call), call)
+
+
+def prefill(q: Tensor, segments: Sequence[Segment], params: FixedParams, call: Call) -> PackedResult | None:
+    """As decode."""
+    if params.combine == "multihead":
+        return None
+    pattern = _one_pattern(params, call)
+    return prefill_spans(q, segments, lambda segment: pattern, call)
+
+
+def _one_pattern(params: FixedParams, call: Call) -> SpanPattern:
+    """Blocks and summaries together, of all heads."""
     in_turn = params.combine == "sequential"
     spans = (_block_spans, _summary_spans)[call.layer % 2] if in_turn else _union_spans
-    return decode_spans(q, segments, _pattern(params.stride, True, spans, (0, 1), _SUMMARY_TILE), call)
+    return _pattern(params.stride, call.causal, spans, (0, 1), _SUMMARY_TILE)
 
 
 def _add(acc: Accumulator, w: int, spans: Spans) -> None:
-    """Blocks and summaries are planned apart, each in tiles that suit it; a single row has one plan."""
+    """Blocks and summaries are planned apart, each in tiles that suit it; a single row has one plan, and
+    a kernel takes both at once."""
     causal = acc.call.causal
-    if acc.q.shape[-2] == 1:
+    if acc.q.shape[-2] == 1 or acc.call.impl == "triton":
         add_spans(acc, plan_for(acc, _pattern(w, causal, spans, (0, 1), _SUMMARY_TILE)))
         return
     for part, tile in ((0, _block_tile(w)), (1, _SUMMARY_TILE)):
@@ -189,10 +213,11 @@ BACKEND = Backend(
         complexity="O(N stride + N^2 / stride)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Bidirectional, and where stride divides N, it meets Yun et al.'s three conditions under every "
         "combine mode, with every token reached within 2 layers (3 where a model's first layer has the "

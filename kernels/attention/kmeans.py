@@ -74,7 +74,7 @@ BACKEND = Backend(
         complexity="O(N (num_clusters + num_probes cluster_size) + N (window + train_keys))",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

@@ -87,7 +87,7 @@ BACKEND = Backend(
         complexity="O(N num_hash_rounds (num_buckets + cluster_size) + N window)",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

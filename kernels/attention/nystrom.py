@@ -12,7 +12,8 @@ k, v, and is left out. ``pinv`` is the paper's iteration, whose limits stand in 
 pseudo-inverse by singular values; that one is computed in fp64 throughout, since an ill-conditioned A
 magnifies the rounding of F and B.
 Cost O((N + M) m D + m^3) per head for m landmarks, O(m D + m^2) memory beside the answer. Accumulates in
-fp32, what is between landmarks in fp64; returns q's dtype.
+fp32, what is between landmarks in fp64; returns q's dtype. Under impl ``triton`` the exact A^+ leaves its
+products to torch, in fp64.
 
 When not to use it: in a decoder (a landmark is a mean over later tokens too); where a row attends to few
 single keys, which no mean of a segment resembles. Weights may be negative and nothing bounds the error: where
@@ -93,12 +94,25 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, params: NystromParams, scale: flo
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: NystromParams, call: Call) -> AttentionResult:
     began = perf_counter()
+    if call.impl == "triton" and params.pinv == "iterative":
+        out = _attend_by_triton(q, k, v, params, call)
+        return AttentionResult(out, None, _stats(q, k, v, params, call, began, "triton"))
     dtype = torch.float64 if params.pinv == "exact" else accumulator_dtype(q.dtype)
     near_q = _landmarks(q, params, dtype)
     near_k = _landmarks(k, params, dtype)
     values = _over_landmarks(near_q, near_k, _over_keys(near_q, k, v, call.scale), params, call.scale)
     out = _over_rows(q, near_k, values, call.scale)
-    return AttentionResult(out, None, _stats(q, k, v, params, call, began, "torch"))
+    return AttentionResult(out, None, _stats(q, k, v, params, call, began, call.impl))
+
+
+def _attend_by_triton(q: Tensor, k: Tensor, v: Tensor, params: NystromParams, call: Call) -> Tensor:
+    """The same with the long products by kernels. They accumulate in fp32: an exact A^+ wants fp64."""
+    from kernels._triton.linear_landmarks import attend_keys, attend_landmarks, landmarks
+
+    near_q, near_k = (landmarks(x, min(params.num_landmarks, x.shape[2])) for x in (q, k))
+    over_keys = attend_keys(near_q, k, v, call.scale)
+    values = _over_landmarks(near_q, near_k, over_keys, params, call.scale)
+    return attend_landmarks(q, near_k, values, call.scale)
 
 
 def _segments(length: int, params: NystromParams) -> list[tuple[int, int]]:
@@ -221,7 +235,7 @@ BACKEND = Backend(
         complexity="O(N num_landmarks)",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

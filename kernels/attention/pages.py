@@ -18,22 +18,38 @@ bounds are loose. Short documents, where reading everything costs less than choo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Segment,
+    Workspace,
+)
 from kernels.math.block_lists import BlockLists
 from kernels.math.flops import begins, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
-from kernels.math.selected_row import runs_as_row, selected_row
+from kernels.math.selected_row import RowScoring, decode_selected, row_by_kernels, runs_as_row, selected_row
 from kernels.math.selection import ABOVE_ALL, BlockScores, BudgetParams
 from kernels.math.summaries import Summary
 from kernels.math.workspace import block_scores, most_keys, selected_blocks
 
+if TYPE_CHECKING:
+    from kernels._triton.selected import Sequence as OnDevice
+    from kernels._triton.selection import Scores
+
 _PRODUCTS = 2
 """Products of D numbers that a bound takes."""
+_BY_BOUNDS = RowScoring(None, first_block=True)
 
 
 class PagesParams(BudgetParams):
@@ -48,6 +64,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> 
     if runs_as_row(q, k, params, call):
         return selected_row(q, k, v, params, call, _score_row)
     return selected_attention(q, k, v, params, call, _score)
+
+
+def attend_on_device(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> AttentionResult:
+    """Impl triton: the host waits for nothing between scores and attention."""
+    from kernels._triton.selected import selected_attention as by_kernels
+
+    if runs_as_row(q, k, params, call):
+        return row_by_kernels(q, k, v, params, call, _BY_BOUNDS)
+    return by_kernels(q, k, v, params, call, _score_on_device, first_block=True)
+
+
+def decode(q: Tensor, segments: Sequence[Segment], params: PagesParams, call: Call) -> PackedResult | None:
+    return decode_selected(q, segments, params, call, _BY_BOUNDS)
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, params: PagesParams, call: Call) -> BlockLists:
@@ -66,6 +95,28 @@ def _score(one: OneSequence, params: PagesParams) -> BlockScores:
             mass[:, tile, :width] = _mean_softmax(upper, own)
             scored += _PRODUCTS * upper.numel()
     return BlockScores(mass.cpu(), first_block=True, scored=scored)
+
+
+def _score_on_device(one: OnDevice) -> Scores:
+    """``_score`` without reading anything back: which bounds are not finite is always looked for."""
+    from kernels._triton.selection import Scores
+
+    tiles, bounds = one.tiles, one.summary().bounds
+    q = torch.unflatten(one.q, 0, (len(one.k), -1)).to(bounds.dtype)
+    candidates = tiles.candidates()
+    mass = bounds.new_zeros(len(bounds), tiles.num_tiles, tiles.num_blocks)
+    widths, scored = (candidates * torch.arange(1, tiles.num_blocks + 1)).amax(-1).tolist(), 0
+    for tile, width in enumerate(widths):
+        if width:
+            own = ~candidates[tile, :width].to(bounds.device, non_blocking=True)
+            upper = _upper_bounds(q[:, :, tiles.rows(tile)], bounds[:, :width], one.call.scale)
+            broken = (~torch.isfinite(upper)).any(1) & ~own
+            shares = torch.softmax(upper.masked_fill_((broken | own)[:, None], -math.inf), -1).nan_to_num_(
+                nan=0.0
+            )
+            mass[:, tile, :width] = shares.mean(1).masked_fill_(broken, math.inf)
+            scored += _PRODUCTS * upper.numel()
+    return Scores(mass, None, scored)
 
 
 def _score_row(q: Tensor, known: Summary, scale: float) -> tuple[Tensor, int]:
@@ -161,9 +212,10 @@ BACKEND = Backend(
         complexity="O(N^2 / block_size + N budget)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend_on_device},
     workspace=workspace,
     flops=flops,
+    decode=decode,
     conditions=(
         "A page's bound is never below its largest logit, but it can be far above: a page with large, "
         "scattered keys may displace one that matters. The paper applies it to decode only, and keeps the "

@@ -42,8 +42,7 @@ class PerformerParams(FeatureParams):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams, call: Call) -> AttentionResult:
     began = perf_counter()
-    rows = grouped(q.to(accumulator_dtype(q.dtype)), k.shape[1])
-    out = rows.new_empty(*rows.shape[:-1], v.shape[-1])
+    rows, out = _rows(q, k, v, call)
     exact_rows = num_exact_rows(params, call, q.shape[2])
     pairs = (0, 0)
     if exact_rows:
@@ -52,7 +51,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams, call: Call)
         own = replace(call, start=call.start + exact_rows)
         _estimated(rows[..., exact_rows:, :], k, v, params, own, out[..., exact_rows:, :])
     result = out.flatten(1, 2).to(q.dtype)
-    return AttentionResult(result, None, _stats(q, k, v, params, call, pairs, began, "torch"))
+    return AttentionResult(result, None, _stats(q, k, v, params, call, pairs, began, call.impl))
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Queries [B, Hk, G, N, D] and room for their answers [B, Hk, G, N, Dv]; kernels read and write narrow
+    numbers as they are."""
+    if call.impl == "triton":
+        B, H, N, _ = q.shape
+        out = q.new_empty(B, N, H, v.shape[-1]).transpose(1, 2)
+        return grouped(q, k.shape[1]), grouped(out, k.shape[1])
+    rows = grouped(q.to(accumulator_dtype(q.dtype)), k.shape[1])
+    return rows, rows.new_empty(*rows.shape[:-1], v.shape[-1])
 
 
 def _exact(
@@ -72,7 +82,7 @@ def num_exact_rows(params: FeatureParams, call: Call, num_rows: int) -> int:
 
 
 def _estimated(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams, call: Call, out: Tensor) -> None:
-    fmap = feature_map(params, call, k.shape[1], k.shape[3], q.dtype, k.device)
+    fmap = feature_map(params, call, k.shape[1], k.shape[3], accumulator_dtype(q.dtype), k.device)
     feature_attention(q, k, v, fmap, call, centre=key_centre(k, params, call), out=out)
 
 
@@ -191,7 +201,7 @@ BACKEND = Backend(
         complexity="O(N num_features head_dim)",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

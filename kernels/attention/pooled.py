@@ -23,20 +23,33 @@ true mass.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Segment,
+    Workspace,
+)
 from kernels.math.block_lists import BlockLists
 from kernels.math.flops import groups_at_once, halves, selected_flops
 from kernels.math.mean_query import ROWS_AT_ONCE, mean_query_scores, scoring_bytes
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
+from kernels.math.selected_row import RowScoring, decode_selected, row_by_kernels, runs_as_row
 from kernels.math.selection import BlockScores, SelectParams
 from kernels.math.workspace import most_keys, selected_blocks
+
+_EVERY_LOGIT = RowScoring(1, knows_every_logit=True)
 
 
 class PooledParams(SelectParams):
@@ -53,6 +66,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call) -> AttentionResult:
     return selected_attention(q, k, v, params, call, _scores, knows_every_logit=q.shape[2] == 1)
+
+
+def attend_on_device(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call) -> AttentionResult:
+    """Scores, choice and attention in Triton kernels; the host waits for nothing in between."""
+    if runs_as_row(q, k, params, call):
+        return row_by_kernels(q, k, v, params, call, _EVERY_LOGIT)
+    from kernels._triton.selected import mean_query, selected_attention
+
+    score, alone = mean_query(params.pool_rows), q.shape[2] == 1
+    return selected_attention(q, k, v, params, call, score, knows_every_logit=alone)
+
+
+def decode(q: Tensor, segments: Sequence[Segment], params: PooledParams, call: Call) -> PackedResult | None:
+    return decode_selected(q, segments, params, call, _EVERY_LOGIT)
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, params: PooledParams, call: Call) -> BlockLists:
@@ -142,7 +169,8 @@ BACKEND = Backend(
         complexity="O(N^2 / pool_rows + N budget)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend_on_device},
+    decode=decode,
     workspace=workspace,
     flops=flops,
     conditions=(

@@ -37,7 +37,7 @@ from kernels.math.accumulate import accumulator, result
 from kernels.math.flops import attention_flops, drawn_pairs
 from kernels.math.masked import masked_attention, positions
 from kernels.math.random_keys import BlockSize, num_random_problem, random_keep
-from kernels.math.random_part import add_random
+from kernels.math.random_part import add_random, prefill_random
 from kernels.math.random_rows import decode_random
 from kernels.math.spans import Ints, Span, SpanPattern, add_spans, plan_for
 from kernels.math.workspace import one_after_another, random_keys, windows
@@ -83,6 +83,10 @@ def decode(q: Tensor, segments: Sequence[Segment], params: RandomParams, call: C
     return decode_random(q, segments, params, None if params.block_size == 1 else _ITSELF, call)
 
 
+def prefill(q: Tensor, segments: Sequence[Segment], params: RandomParams, call: Call) -> PackedResult | None:
+    return prefill_random(q, segments, params, call) if params.block_size == 1 else None
+
+
 def _own_position(rows: Ints, num_keys: int) -> list[Span]:
     return [Span(rows, rows + 1)]
 
@@ -118,10 +122,11 @@ BACKEND = Backend(
         random=True,
         complexity="O(N num_random)",
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Self loops hold; a Hamiltonian path and finite reachability are likely, not certain "
         "(bidirectional). In a causal model a token is reached by earlier ones only, Yun et al.'s s is "

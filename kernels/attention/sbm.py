@@ -127,6 +127,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: SbmParams, call: Call) -> At
     part = EdgePart(accumulator(q, k, v, call), learned, params)
     part.add()
     probe = probe_dropped_mass(part.acc.q, k, part.acc.lse, call)
+    part.count()
     found = result(part.acc, q, began)
     stats = replace(
         found.stats,
@@ -197,7 +198,7 @@ BACKEND = Backend(
         complexity="O(edges + N C^2 + M C), edges = N^2 mean(p)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

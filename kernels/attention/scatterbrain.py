@@ -216,7 +216,7 @@ BACKEND = Backend(
         complexity="O(N (window + num_features)) for support local; else the support's",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

@@ -33,7 +33,7 @@ from kernels.contract import (
 from kernels.math.decode_rows import decode_spans
 from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
-from kernels.math.spans import span_attention
+from kernels.math.spans import prefill_spans, span_attention
 from kernels.math.window import window_keep, window_pattern
 from kernels.math.workspace import windows
 
@@ -56,6 +56,11 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: SinksParams, call: Call) 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: SinksParams, call: Call) -> AttentionResult:
     return span_attention(q, k, v, window_pattern(params.window, params.sinks, 0, call.causal), call)
+
+
+def prefill(q: Tensor, segments: Sequence[Segment], params: SinksParams, call: Call) -> PackedResult:
+    pattern = window_pattern(params.window, params.sinks, 0, call.causal)
+    return prefill_spans(q, segments, lambda segment: pattern, call)
 
 
 def decode(q: Tensor, segments: Sequence[Segment], params: SinksParams, call: Call) -> PackedResult:
@@ -84,10 +89,11 @@ BACKEND = Backend(
         complexity="O(N (window + sinks))",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Visibility only: positions are not re-indexed. Bidirectional, it meets Yun et al.'s three "
         "conditions (arXiv 2006.04862), with as many layers as a window needs to cross the text: sinks are "

@@ -34,7 +34,7 @@ from kernels.contract import (
 from kernels.math.decode_rows import decode_spans
 from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
-from kernels.math.spans import Ints, Span, SpanPattern, span_attention
+from kernels.math.spans import Ints, Span, SpanPattern, prefill_spans, span_attention
 from kernels.math.window import tile_height, window_keep, window_pattern
 from kernels.math.workspace import windows
 
@@ -64,15 +64,21 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: StarParams, call: Call) -
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: StarParams, call: Call) -> AttentionResult:
-    if call.causal:
-        pattern = window_pattern(params.window, 1, 0, True)
-    else:
-        pattern = _ring_pattern(params.window, relay=k.shape[2] - 1)
-    return span_attention(q, k, v, pattern, call)
+    return span_attention(q, k, v, _pattern(params, k.shape[2], call), call)
+
+
+def prefill(q: Tensor, segments: Sequence[Segment], params: StarParams, call: Call) -> PackedResult:
+    return prefill_spans(q, segments, lambda segment: _pattern(params, segment.k.shape[2], call), call)
 
 
 def decode(q: Tensor, segments: Sequence[Segment], params: StarParams, call: Call) -> PackedResult:
     return decode_spans(q, segments, window_pattern(params.window, 1, 0, True), call)
+
+
+def _pattern(params: StarParams, num_keys: int, call: Call) -> SpanPattern:
+    if call.causal:
+        return window_pattern(params.window, 1, 0, True)
+    return _ring_pattern(params.window, relay=num_keys - 1)
 
 
 def _ring_pattern(window: int, relay: int) -> SpanPattern:
@@ -131,10 +137,11 @@ BACKEND = Backend(
         complexity="O(N window)",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions with s = 2 (every token within two layers, "
         "through the relay), so O(N) pairs suffice for their approximation theorem, given enough layers. In "

@@ -82,6 +82,21 @@ def decode(q: Tensor, segments: Sequence[Segment], params: StridedParams, call: 
     return decode_spans(q, segments, pattern, call)
 
 
+def prefill(q: Tensor, segments: Sequence[Segment], params: StridedParams, call: Call) -> PackedResult | None:
+    """As decode; a launch for the band, one for the classes."""
+    from kernels._triton.spans import packed_spans, residue_part, same_part, span_part
+
+    if params.combine == "multihead":
+        return None
+    w, causal = params.stride, call.causal
+    classes = residue_part(w, causal)
+    if params.combine == "union":
+        parts = [span_part(_rest_of_band(w, causal), causal), classes]
+    else:
+        parts = [(span_part(_band(w, causal), causal), classes)[call.layer % 2]]
+    return packed_spans(q, segments, [same_part(part) for part in parts], call)
+
+
 def _add_band(acc: Accumulator, w: int) -> None:
     add_spans(acc, plan_for(acc, _band(w, acc.call.causal)))
 
@@ -175,10 +190,11 @@ BACKEND = Backend(
         complexity="O(N stride + N^2 / stride)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions under every combine mode, with every token "
         "reached within 3 layers. In a causal model a token is reached by earlier ones only, the paper's s "

@@ -14,15 +14,26 @@ the blocks' size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Segment,
+    Workspace,
+)
 from kernels.math.block_lists import BlockLists
 from kernels.math.flops import halves, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
+from kernels.math.selected_row import RowScoring, decode_selected, row_by_kernels, runs_as_row
 from kernels.math.selection import BlockScores, SelectParams
 from kernels.math.workspace import most_keys, selected_blocks
 
@@ -30,6 +41,9 @@ LOGIT_BYTES = 32 << 20
 """Logits that exist at once (and their softmax beside them)."""
 _FP32 = 4
 _CHOICE = 48
+
+
+_EVERY_LOGIT = RowScoring(1, knows_every_logit=True)
 
 
 class TopKParams(SelectParams):
@@ -42,6 +56,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: TopKParams, call: Call) -
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: TopKParams, call: Call) -> AttentionResult:
     return selected_attention(q, k, v, params, call, _scores, knows_every_logit=True)
+
+
+def attend_on_device(q: Tensor, k: Tensor, v: Tensor, params: TopKParams, call: Call) -> AttentionResult:
+    """Scores, choice and attention in Triton kernels; the host waits for nothing in between."""
+    if runs_as_row(q, k, params, call):
+        return row_by_kernels(q, k, v, params, call, _EVERY_LOGIT)
+    from kernels._triton.selected import every_logit, selected_attention
+
+    return selected_attention(q, k, v, params, call, every_logit, knows_every_logit=True)
+
+
+def decode(q: Tensor, segments: Sequence[Segment], params: TopKParams, call: Call) -> PackedResult | None:
+    return decode_selected(q, segments, params, call, _EVERY_LOGIT)
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, params: TopKParams, call: Call) -> BlockLists:
@@ -164,7 +191,8 @@ BACKEND = Backend(
         complexity="O(N^2)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend_on_device},
+    decode=decode,
     workspace=workspace,
     flops=flops,
     conditions=(

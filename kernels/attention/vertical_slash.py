@@ -98,9 +98,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: VerticalSlashParams, call: C
     tiles = query_tiles(call, q.shape[2], k.shape[2], params.query_tile, params.block_size)
     numbers = params.numbers(call.layer, k.shape[1])
     add_spans(acc, plan_for(acc, tiles.own_keys()))
+    if call.impl == "triton":
+        return _on_device(acc, q, tiles, params, numbers, began)
     dropped = torch.zeros_like(acc.lse)
     for b in range(len(q)):
         _add_sequence(acc, b, tiles, params, numbers, dropped[b])
+    return result(acc, q, began, dropped=dropped)
+
+
+def _on_device(
+    acc: Accumulator,
+    q: Tensor,
+    tiles: QueryTiles,
+    params: VerticalSlashParams,
+    numbers: tuple[tuple[int, ...], tuple[int, ...]],
+    began: float,
+) -> AttentionResult:
+    """Choice and attention by kernels, for all tiles at once; what they count is read after all of them."""
+    from kernels._triton.vertical_slash import add_vertical_slash
+
+    added = add_vertical_slash(acc, tiles, numbers, params.probe_rows)
+    dropped = added.dropped[:, :, None].expand_as(acc.lse)
+    acc.scored += added.scored
+    kept, computed = torch.stack([added.kept, added.computed]).tolist()
+    acc.complete(kept, computed)
     return result(acc, q, began, dropped=dropped)
 
 
@@ -211,7 +232,7 @@ BACKEND = Backend(
         complexity="O(N^2 probe_rows / query_tile + N (num_verticals + num_slashes block_size + query_tile))",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     conditions=(

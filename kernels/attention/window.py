@@ -31,7 +31,7 @@ from kernels.contract import (
 from kernels.math.decode_rows import decode_spans
 from kernels.math.flops import attention_flops, window_pairs
 from kernels.math.masked import masked_attention, positions
-from kernels.math.spans import span_attention
+from kernels.math.spans import SpanPattern, prefill_spans, span_attention
 from kernels.math.window import window_keep, window_pattern
 from kernels.math.workspace import windows
 
@@ -59,9 +59,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: WindowParams, call: Call)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: WindowParams, call: Call) -> AttentionResult:
+    return span_attention(q, k, v, _pattern(params, call), call)
+
+
+def prefill(q: Tensor, segments: Sequence[Segment], params: WindowParams, call: Call) -> PackedResult:
+    pattern = _pattern(params, call)
+    return prefill_spans(q, segments, lambda segment: pattern, call)
+
+
+def _pattern(params: WindowParams, call: Call) -> SpanPattern:
     full_rows = 0 if call.causal else params.global_tokens
-    pattern = window_pattern(params.window, params.global_tokens, full_rows, call.causal)
-    return span_attention(q, k, v, pattern, call)
+    return window_pattern(params.window, params.global_tokens, full_rows, call.causal)
 
 
 def decode(q: Tensor, segments: Sequence[Segment], params: WindowParams, call: Call) -> PackedResult:
@@ -91,10 +99,11 @@ BACKEND = Backend(
         complexity="O(N (window + global_tokens))",
         exponent=1.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend},
     workspace=workspace,
     flops=flops,
     decode=decode,
+    prefill=prefill,
     conditions=(
         "Bidirectional, it meets Yun et al.'s three conditions (arXiv 2006.04862): self loops, a Hamiltonian "
         "path, and every token reached within (N - 1) / window layers, or within 2 with a global token. In a "

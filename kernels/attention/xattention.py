@@ -19,6 +19,7 @@ matter that stand alone in their block (a larger stride averages them away).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -26,12 +27,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Backend, Call, CallShape, Capabilities, Workspace
+from kernels.contract import (
+    AttentionResult,
+    Backend,
+    Call,
+    CallShape,
+    Capabilities,
+    PackedResult,
+    Segment,
+    Workspace,
+)
 from kernels.math.antidiagonal import CAUSAL_GROUPS, antidiagonal_scores, scoring_bytes
 from kernels.math.block_lists import BlockLists
 from kernels.math.flops import groups_at_once, halves, selected_flops
 from kernels.math.selected import OneSequence, select_lists, selected_attention
 from kernels.math.selected_reference import selected_reference
+from kernels.math.selected_row import RowScoring, decode_selected, row_by_kernels, runs_as_row
 from kernels.math.selection import BlockScores, SelectParams
 from kernels.math.workspace import most_keys, selected_blocks
 
@@ -50,6 +61,23 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: XAttentionParams, call: C
 
 def attend(q: Tensor, k: Tensor, v: Tensor, params: XAttentionParams, call: Call) -> AttentionResult:
     return selected_attention(q, k, v, params, call, _scores)
+
+
+def attend_on_device(
+    q: Tensor, k: Tensor, v: Tensor, params: XAttentionParams, call: Call
+) -> AttentionResult:
+    """Scores, choice and attention in Triton kernels; the host waits for nothing in between."""
+    if runs_as_row(q, k, params, call):
+        return row_by_kernels(q, k, v, params, call, RowScoring(params.stride, first_block=True))
+    from kernels._triton.selected import antidiagonal, selected_attention
+
+    return selected_attention(q, k, v, params, call, antidiagonal(params.stride), first_block=True)
+
+
+def decode(
+    q: Tensor, segments: Sequence[Segment], params: XAttentionParams, call: Call
+) -> PackedResult | None:
+    return decode_selected(q, segments, params, call, RowScoring(params.stride, first_block=True))
 
 
 def select(q: Tensor, k: Tensor, v: Tensor, params: XAttentionParams, call: Call) -> BlockLists:
@@ -138,7 +166,8 @@ BACKEND = Backend(
         complexity="O(N^2 / stride + N budget)",
         exponent=2.0,
     ),
-    impls={"reference": reference, "torch": attend},
+    impls={"reference": reference, "torch": attend, "triton": attend_on_device},
+    decode=decode,
     workspace=workspace,
     flops=flops,
     conditions=(

@@ -18,6 +18,7 @@ from kernels.math.merge import merge_into
 @dataclass
 class Accumulator:
     """q [B, Hk, G, N, D], out [B, Hk, G, N, Dv], lse [B, Hk, G, N] in the accumulator's dtype; and the tally.
+    Under impl ``triton`` q keeps the dtype it came in: kernels read it as it is and accumulate in fp32.
 
     ``kept``, ``computed``, ``dense`` and ``scored`` count pairs as ``Stats`` says, over all heads and batch
     entries.
@@ -79,13 +80,14 @@ class Accumulator:
 
 def accumulator(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Accumulator:
     """An empty one for q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]."""
-    rows = grouped(q.to(accumulator_dtype(q.dtype)), k.shape[1])
-    out = rows.new_empty((*rows.shape[:-1], v.shape[-1]))
-    return Accumulator(rows, k, v, out, rows.new_empty(rows.shape[:-1]), call)
+    dtype = accumulator_dtype(q.dtype)
+    rows = grouped(q if call.impl == "triton" else q.to(dtype), k.shape[1])
+    out = rows.new_empty((*rows.shape[:-1], v.shape[-1]), dtype=dtype)
+    return Accumulator(rows, k, v, out, rows.new_empty(rows.shape[:-1], dtype=dtype), call)
 
 
 def result(
-    acc: Accumulator, q: Tensor, began: float, *, impl: str = "torch", dropped: Tensor | None = None
+    acc: Accumulator, q: Tensor, began: float, *, impl: str | None = None, dropped: Tensor | None = None
 ) -> AttentionResult:
     """What the call returns. ``began``: the perf_counter reading when it began; ``dropped`` [B, Hk, G, N]."""
     spent_ms = (perf_counter() - began) * 1e3
@@ -95,7 +97,7 @@ def result(
         pairs_computed=acc.computed,
         selection_ms=acc.selection_s * 1e3,
         compute_ms=spent_ms - acc.selection_s * 1e3,
-        impl=impl,
+        impl=impl or acc.call.impl,
         pairs_dense=acc.dense,
         dropped_mass=None if dropped is None else float(dropped.mean()),
         pairs_scored=acc.scored,

@@ -86,6 +86,10 @@ def add_block_lists(
     infinities, so that the way beyond the crossover is not worth trying (it is redone where it meets one).
     Raises ValueError where the lists do not fit the rows, heads or keys.
     """
+    if acc.call.impl == "triton":
+        from kernels._triton import block_lists
+
+        return block_lists.add_block_lists(acc, b, lists, skip=skip, own=own)
     _check(acc, lists)
     if skip != 0.0:
         lists = without_skipped(acc, b, lists, skip, own)

@@ -105,10 +105,19 @@ def _lloyd(params: KMeansParams, k: Tensor, stream: int) -> Tensor:
     middle = k[drawn[: params.num_clusters].to(k.device)]
     for _ in range(params.iterations):
         code = _largest((k @ middle.mT).mul_(2).sub_(middle.square().sum(-1)))
-        count = torch.bincount(code, minlength=len(middle))[:, None]
-        total = torch.zeros_like(middle).index_add_(0, code, k)
+        count, total = _gathered(code, k, len(middle))
         middle = torch.where(count > 0, total / count.clamp(min=1), middle)
     return middle
+
+
+def _gathered(code: Tensor, k: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """How many keys [T, D] each cluster has [C, 1], and their sums [C, D]. Off the CPU as a product: counting
+    would wait for the device, and atomic sums come out differently from run to run."""
+    if code.device.type == "cpu":
+        count = torch.bincount(code, minlength=num_clusters)[:, None]
+        return count, k.new_zeros(num_clusters, k.shape[1]).index_add_(0, code, k)
+    members = (code == torch.arange(num_clusters, device=code.device)[:, None]).to(k.dtype)
+    return members.sum(1, keepdim=True), members @ k
 
 
 def _nearest(k: Tensor, middle: Tensor | None) -> Tensor:

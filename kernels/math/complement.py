@@ -54,7 +54,8 @@ class Features:
         """scale <q_i, centre>, [B, Hk, G, N]: what the log-scales of q's rows [B, Hk, G, N, D] lack."""
         if self.centre is None:
             return 0.0
-        return torch.matmul(q, self.centre[:, :, None].mT)[..., 0] * self.map.scale
+        wide = q.to(self.centre.dtype)
+        return torch.matmul(wide, self.centre[:, :, None].mT)[..., 0] * self.map.scale
 
     def of_sequence(self, b: int) -> Features:
         return self if self.centre is None else replace(self, centre=self.centre[b : b + 1])
@@ -62,9 +63,10 @@ class Features:
 
 def features_of(acc: Accumulator, params: FeatureParams) -> Features:
     _, Hk, _, _, D = acc.q.shape
-    drawn = feature_map(params, acc.call, Hk, D, acc.q.dtype, acc.q.device)
+    dtype = acc.out.dtype
+    drawn = feature_map(params, acc.call, Hk, D, dtype, acc.q.device)
     centre = key_centre(acc.k, params, acc.call)
-    return Features(drawn, None if centre is None else centre.to(acc.q.dtype))
+    return Features(drawn, None if centre is None else centre.to(dtype))
 
 
 def exact_rows(params: FeatureParams, call: Call) -> int:

@@ -58,6 +58,10 @@ def blocks_attention(
     q: Tensor, k: Tensor, v: Tensor, params: FeatureParams, call: Call, support: Support
 ) -> AttentionResult:
     """A whole call over a support that has ``select``, stretches of its rows side by side where that pays."""
+    if call.impl == "triton":
+        from kernels._triton.signed_calls import blocks_call
+
+        return blocks_call(q, k, v, params, call, support)
     knobs = support.params
     assert isinstance(knobs, TileParams)
     shared = KeptBlocks(knobs.block_size, exact_rows(params, call)) if len(q) == 1 else None

@@ -66,6 +66,10 @@ def buckets_attention(
     q: Tensor, k: Tensor, v: Tensor, params: FeatureParams, call: Call, support: Support
 ) -> AttentionResult:
     """A whole call; sequences of a batch are independent, and so are key heads."""
+    if call.impl == "triton":
+        from kernels._triton.signed_calls import buckets_call
+
+        return buckets_call(q, k, v, params, call, support)
     began = perf_counter()
     if call.causal:  # a key after the last row chooses nothing
         k, v = (x[:, :, : call.start + q.shape[2]] for x in (k, v))

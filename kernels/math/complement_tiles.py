@@ -85,6 +85,10 @@ def tiles_attention(
     q: Tensor, k: Tensor, v: Tensor, params: FeatureParams, call: Call, support: Support
 ) -> AttentionResult:
     """A whole call; rows are visited in tiles at absolute multiples."""
+    if call.impl == "triton":
+        from kernels._triton.signed_calls import tiles_call
+
+        return tiles_call(q, k, v, params, call, support)
     began = perf_counter()
     acc = accumulator(q, k, v, call)
     features = features_of(acc, params)

@@ -77,9 +77,8 @@ def window_attention(
     features = features_of(acc, params)
     if not _reaches_beyond(acc, near):
         return together(acc, q, began, features, torch.zeros_like(acc.lse))
-    part = outside_near(acc, features, near)
+    dropped = _add_outside(acc, features, near)
     features.flops += len(q) * _flops(acc, features)
-    dropped = merge_complement(acc.out, acc.lse, part)
     return together(acc, q, began, features, dropped)
 
 
@@ -90,24 +89,37 @@ def add_near(acc: Accumulator, near: Near) -> None:
     add_spans(acc, plan_for(acc, window_pattern(window, near.columns, near.full_rows, causal)))
 
 
+def _add_outside(acc: Accumulator, features: Features, near: Near) -> Tensor:
+    """Join the other half to the rows; its share of each."""
+    if acc.call.impl == "triton":
+        from kernels._triton.signed_calls import merge_outside
+
+        return merge_outside(acc, features, _beyond(acc, features, near), near.full_rows - acc.call.start)
+    return merge_complement(acc.out, acc.lse, outside_near(acc, features, near))
+
+
 def outside_near(acc: Accumulator, features: Features, near: Near) -> Part:
     """The other half, of all rows; nothing for those below ``full_rows``."""
-    call = acc.call
-    part = feature_part(
+    part = _beyond(acc, features, near)
+    part.log_scale.add_(features.shift(acc.q))
+    whole = slice(0, max(0, near.full_rows - acc.call.start))
+    for tensor, void in ((part.numerator, 0.0), (part.denominator, 0.0), (part.log_scale, -math.inf)):
+        tensor[:, :, :, whole] = void
+    return part
+
+
+def _beyond(acc: Accumulator, features: Features, near: Near) -> Part:
+    """The features' sums alone, over centred keys."""
+    return feature_part(
         acc.q,
         acc.k,
         acc.v,
         features.map,
-        call,
+        acc.call,
         first=near.columns,
-        shift=near.shift(call.causal),
+        shift=near.shift(acc.call.causal),
         centre=features.centre,
     )
-    part.log_scale.add_(features.shift(acc.q))
-    whole = slice(0, max(0, near.full_rows - call.start))
-    for tensor, void in ((part.numerator, 0.0), (part.denominator, 0.0), (part.log_scale, -math.inf)):
-        tensor[:, :, :, whole] = void
-    return part
 
 
 def _reaches_beyond(acc: Accumulator, near: Near) -> bool:

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 
-def attend_row(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], scale: float) -> tuple[Tensor, Tensor]:
+def attend_row(
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], scale: float, *, impl: str = "torch"
+) -> tuple[Tensor, Tensor]:
     """q [B, Hk, G, 1, D] over the keys of disjoint, non-empty ``runs`` -> out [B, Hk, G, 1, Dv], lse [B, Hk,
-    G, 1].
+    G, 1]; under impl ``triton`` in fp32.
     """
+    if impl == "triton":
+        from kernels._triton.paged_rows import attend_row as by_kernels
+
+        return by_kernels(q, k, v, runs, scale)
     if q.shape[0] > 1:
         rows = [attend_row(q[b : b + 1], k[b : b + 1], v[b : b + 1], runs, scale) for b in range(q.shape[0])]
         return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])

@@ -41,18 +41,29 @@ def decode_runs(
     began = perf_counter()
     plans = [runs_of(segment.start) for segment in segments]
     planned = perf_counter()
-    queries = queries_of(q, segments[0].k.shape[1])
-    parts = [
-        _row(query, segment.k, segment.v, plan.runs, call.scale)
-        for query, segment, plan in zip(queries, segments, plans, strict=True)
-    ]
-    out = packed_rows(parts, q.dtype)
+    out = (_by_kernels if call.impl == "triton" else _by_calls)(q, segments, plans, call.scale)
     kept = [plan.kept * q.shape[1] for plan in plans]
-    stats = stats_of_rows(q, segments, kept, kept, planned - began, perf_counter() - planned, nothing_dropped)
+    spent = planned - began, perf_counter() - planned
+    stats = stats_of_rows(q, segments, kept, kept, *spent, nothing_dropped, impl=call.impl)
     dropped: tuple[Tensor | None, ...] = (None,) * len(segments)
     if nothing_dropped:
         dropped = (q.new_zeros(1, q.shape[1], 1, dtype=torch.float32),) * len(segments)
     return PackedResult(out, stats, dropped)
+
+
+def _by_calls(q: Tensor, segments: Sequence[Segment], plans: Sequence[RowRuns], scale: float) -> Tensor:
+    queries = queries_of(q, segments[0].k.shape[1])
+    parts = [
+        _row(query, segment.k, segment.v, plan.runs, scale)
+        for query, segment, plan in zip(queries, segments, plans, strict=True)
+    ]
+    return packed_rows(parts, q.dtype)
+
+
+def _by_kernels(q: Tensor, segments: Sequence[Segment], plans: Sequence[RowRuns], scale: float) -> Tensor:
+    from kernels._triton.paged_rows import attend_runs
+
+    return attend_runs(q, segments, [plan.runs for plan in plans], scale)[0]
 
 
 def queries_of(q: Tensor, num_key_heads: int) -> tuple[Tensor, ...]:
@@ -74,6 +85,8 @@ def stats_of_rows(
     selection_s: float,
     compute_s: float,
     nothing_dropped: bool = False,
+    *,
+    impl: str = "torch",
 ) -> tuple[Stats, ...]:
     """Of each row, from its pairs over all heads; the time was spent on all alike."""
     num_heads, share = q.shape[1], 1e3 / len(segments)
@@ -85,7 +98,7 @@ def stats_of_rows(
             pairs_computed=read,
             selection_ms=selection_s * share,
             compute_ms=compute_s * share,
-            impl="torch",
+            impl=impl,
             dropped_mass=dropped_mass,
         )
         for segment, own, read in zip(segments, kept, computed, strict=True)

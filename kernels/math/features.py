@@ -120,6 +120,15 @@ def feature_map(
     return FeatureMap(directions, call.scale, key, params.centre_keys if call.causal else 0)
 
 
+def rounded_directions(fmap: FeatureMap, dtype: torch.dtype) -> Tensor:
+    """A map's directions in the dtype of the numbers that they are multiplied with, remembered like the
+    map."""
+    if fmap.key is None or fmap.directions.dtype == dtype:
+        return fmap.directions.to(dtype)
+    key = ("rounded features", fmap.key, dtype, fmap.directions.device)
+    return DRAWS.get(key, lambda: fmap.directions.to(dtype))
+
+
 def _draw(params: FeatureParams, call: Call, num_key_heads: int, head_dim: int) -> Tensor:
     """[Hk, F, D] fp64."""
     both_signs = params.features == "hyperbolic"

@@ -71,7 +71,10 @@ def feature_part(
     Returns a part [B, Hk, G, N, (Dv)] that estimates sum_j e^(t <q_i, k_j - centre>) v_j, to be added to
     a softmax over the same centred keys. A row without such a key has log_scale -inf and zeros.
     Causal sums are kept in ``call.kept`` (constant size), under a key that holds the map, first and shift.
+    Under impl ``triton`` q may be of a narrow dtype; the part is fp32.
     """
+    if by_triton(q, call):
+        return _part_by_triton(q, k, v, fmap, call, first, shift, centre)
     keys = _keys(k, v, centre, fmap)
     rows = _rows(q, fmap, v.shape[-1], scaled=True)
     if call.causal:
@@ -87,13 +90,40 @@ def feature_attention(
     q: Tensor, k: Tensor, v: Tensor, fmap: FeatureMap, call: Call, *, centre: Tensor | None, out: Tensor
 ) -> None:
     """sum_j L_ij v_j / sum_j L_ij over all keys that row i sees, into ``out`` [B, Hk, G, N, Dv] of q's dtype.
-    The other arguments as in ``feature_part``."""
+    The other arguments as in ``feature_part``; under impl ``triton`` ``out`` may be of any float dtype."""
+    if by_triton(q, call):
+        from kernels._triton.linear import attend_features
+
+        attend_features(q, k, v, fmap, call, first=0, shift=0, centre=centre, out=out)
+        return
     keys, rows = _keys(k, v, centre, fmap), _rows(q, fmap, v.shape[-1], scaled=False)
     rows = replace(rows, out=out.view(-1, *out.shape[2:]))
     if call.causal:
         _causal(rows, keys, call, 0, 0)
     else:
         _all(rows, keys, 0)
+
+
+def by_triton(q: Tensor, call: Call) -> bool:
+    """Whether GPU kernels compute these rows; sums asked for in fp64 stay with torch."""
+    return call.impl == "triton" and q.dtype != torch.float64
+
+
+def _part_by_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fmap: FeatureMap,
+    call: Call,
+    first: int,
+    shift: int,
+    centre: Tensor | None,
+) -> Part:
+    from kernels._triton.linear import attend_features
+
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32)
+    lse = attend_features(q, k, v, fmap, call, first=first, shift=shift, centre=centre, out=out)
+    return Part(out, (lse != -math.inf).float(), lse)
 
 
 class FeatureSums:

@@ -42,27 +42,53 @@ def probed_rows(start: int, num_rows: int) -> list[int]:
 def probe_dropped_mass(q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Probe:
     """Measure what the kept pairs of a call have left out.
 
-    q [B, Hk, G, N, D] in the accumulator's dtype, k [B, Hk, M, D] of any float dtype, lse [B, Hk, G, N] over
-    the kept pairs (-inf: none), all as ``Accumulator`` holds them. O(N / 256 M D H) time, memory for a
-    million scores.
+    q [B, Hk, G, N, D] in the accumulator's dtype (under impl triton as it came), k [B, Hk, M, D] of any float
+    dtype, lse [B, Hk, G, N] over the kept pairs (-inf: none), all as ``Accumulator`` holds them.
+    O(N / 256 M D H) time, memory for a million scores.
     """
     rows = probed_rows(call.start, q.shape[-2])
     if not rows:
         return Probe(None, 0)
-    shares, flops = [], 0
-    for a in range(0, len(rows), ROWS_AT_ONCE):
-        some = torch.tensor(rows[a : a + ROWS_AT_ONCE], device=q.device)
-        full, scored = _full_lse(q[..., some, :], k, some + call.start, call)
+    measure = _mean_by_triton if call.impl == "triton" else _mean
+    scored = sum(len(some) * _num_keys(some, k, call) for some in _groups(rows))
+    return Probe(measure(q, k, lse, call, rows), 2 * q.shape[-1] * q[..., 0, 0].numel() * scored)
+
+
+def _groups(rows: list[int]) -> list[list[int]]:
+    return [rows[a : a + ROWS_AT_ONCE] for a in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+def _num_keys(rows: list[int], k: Tensor, call: Call) -> int:
+    """That rows of a group go over together."""
+    return rows[-1] + call.start + 1 if call.causal else k.shape[2]
+
+
+def _mean(q: Tensor, k: Tensor, lse: Tensor, call: Call, rows: list[int]) -> float | None:
+    shares = []
+    for group in _groups(rows):
+        some = torch.tensor(group, device=q.device)
+        full = _full_lse(q[..., some, :], k, some + call.start, call, _num_keys(group, k, call))
         shares.append((1.0 - torch.exp(lse[..., some] - full))[torch.isfinite(full)])
-        flops += 2 * q.shape[-1] * scored
     dropped = torch.cat(shares).clamp_(0.0, 1.0)
     dropped = dropped[torch.isfinite(dropped)]
-    return Probe(float(dropped.mean()) if len(dropped) else None, flops)
+    return float(dropped.mean()) if len(dropped) else None
 
 
-def _full_lse(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Tensor, int]:
-    """Over every key that the rows may see: lse [B, Hk, G, R], and the scores computed for it."""
-    stop = int(positions[-1]) + 1 if call.causal else k.shape[2]
+def _mean_by_triton(q: Tensor, k: Tensor, lse: Tensor, call: Call, rows: list[int]) -> float | None:
+    """All rows at once; the mean is read back once."""
+    from kernels._triton.row_error import row_softmax, row_table
+
+    chosen = torch.tensor(rows)
+    table = row_table(chosen, chosen + call.start, q.device)
+    full = row_softmax(q.flatten(1, 2), k, None, table, scale=call.scale, causal=call.causal).lse
+    dropped = (1.0 - torch.exp(lse[..., chosen.to(q.device)].flatten(1, 2) - full)).clamp_(0.0, 1.0)
+    counts = torch.isfinite(full) & torch.isfinite(dropped)
+    total, number = torch.stack([dropped.where(counts, 0.0).sum(), counts.sum()]).tolist()
+    return total / number if number else None
+
+
+def _full_lse(q: Tensor, k: Tensor, positions: Tensor, call: Call, stop: int) -> Tensor:
+    """Over every key that the rows may see, all of them before ``stop``: [B, Hk, G, R]."""
     lse = torch.full_like(q[..., 0], -math.inf)
     step = max(256, SCORES_AT_ONCE // lse.numel())
     for a in range(0, stop, step):
@@ -74,4 +100,4 @@ def _full_lse(q: Tensor, k: Tensor, positions: Tensor, call: Call) -> tuple[Tens
             later = torch.arange(a, b, device=q.device) > positions[:, None]
             scores.masked_fill_(later, -math.inf)
         lse = torch.logaddexp(lse, torch.logsumexp(scores, -1))
-    return lse, lse.numel() * stop
+    return lse

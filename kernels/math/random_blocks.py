@@ -62,6 +62,11 @@ class BlockPlan:
 
 def add_blocks(acc: Accumulator, params: RandomParams, base: SpanPattern) -> None:
     """Add the drawn blocks without the pairs that ``base`` has."""
+    if acc.call.impl == "triton":
+        from kernels._triton import random_blocks
+
+        random_blocks.add_blocks(acc, params, base)
+        return
     B, G = acc.q.shape[0], acc.q.shape[2]
     began = perf_counter()
     plan = _cached_plan(acc, params, base)
@@ -112,9 +117,9 @@ def block_plan(acc: Accumulator, params: RandomParams, base: SpanPattern, num_ke
     borders = [0]
     drawn, whole, partial = [], [], []
     kept = computed = 0
-    for row, height, count in _block_rows(acc.call.start, acc.q.shape[-2], params.block_size):
-        group = _Group(acc, params, base, num_keys, row, height, count)
-        borders += [row + height * (block + 1) for block in range(count)]
+    for group in drawn_blocks(acc, params, base, num_keys):
+        row, height = group.row, group.height
+        borders += [row + height * (block + 1) for block in range(group.count)]
         drawn.append(group.drawn)
         whole.append(group.whole)
         for head in range(acc.k.shape[1]):
@@ -124,6 +129,14 @@ def block_plan(acc: Accumulator, params: RandomParams, base: SpanPattern, num_ke
             computed += sum(len(one.keys) for one in blocks) * height * params.block_size
     lists = _lists(np.concatenate(drawn, 1), np.concatenate(whole, 1), params.block_size, borders)
     return BlockPlan(lists, tuple(partial), kept, computed)
+
+
+def drawn_blocks(
+    acc: Accumulator, params: RandomParams, base: SpanPattern, num_keys: int
+) -> list[DrawnBlocks]:
+    """The draws of the call's query blocks, in runs of blocks of equal height."""
+    rows = _block_rows(acc.call.start, acc.q.shape[-2], params.block_size)
+    return [DrawnBlocks(acc, params, base, num_keys, *own) for own in rows]
 
 
 def _lists(drawn: np.ndarray, whole: np.ndarray, block: int, borders: list[int]) -> BlockLists:
@@ -148,8 +161,9 @@ def _block_rows(start: int, num_rows: int, L: int) -> Iterator[tuple[int, int, i
         yield max(end, whole) - start, stop - max(end, whole), 1
 
 
-class _Group:
-    """Query blocks of equal height, sorted against the base."""
+class DrawnBlocks:
+    """The draws ``drawn`` [Hk, count, F] of query blocks of equal height, sorted against the base: ``whole``
+    and ``partial`` say which of them count in whole, and which in part."""
 
     def __init__(
         self,
@@ -206,7 +220,7 @@ class _Group:
         for number in range(int(partial.sum(1).max())):
             query_block, slot = np.nonzero(partial & (turn == number))
             key_block = drawn[query_block, slot]
-            keep = self._keep(query_block, key_block)
+            keep = self.keep(query_block, key_block)
             kept += int(keep.sum())
             keys = np.minimum(key_block[:, None] * self.L + np.arange(self.L), self.num_keys - 1)
             rounds.append(
@@ -221,7 +235,7 @@ class _Group:
             )
         return rounds, kept
 
-    def _keep(self, query_block: np.ndarray, key_block: np.ndarray) -> np.ndarray:
+    def keep(self, query_block: np.ndarray, key_block: np.ndarray) -> np.ndarray:
         """Pairs [P, R, L] of those blocks that exist and that the base does not have."""
         j = (key_block[:, None] * self.L + np.arange(self.L))[:, None]
         keep = np.broadcast_to(j < self.num_keys, (len(key_block), self.height, self.L)).copy()

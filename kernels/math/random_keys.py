@@ -51,6 +51,11 @@ def row_draws(call: Call, num_heads: int, rows: Tensor, num_random: int, num_key
     return below(_bits(call, _ROWS, num_heads, rows, num_random), bound)
 
 
+def row_streams(layer: int, seeds: Sequence[int], num_heads: int, device: torch.device) -> Tensor:
+    """The streams that rows of every head draw from, of sequences with these seeds: int64 [S, num_heads]."""
+    return torch.stack([_head_streams(seed, layer, _ROWS, num_heads, device) for seed in seeds])
+
+
 def block_draws(call: Call, num_key_heads: int, blocks: Tensor, num_draws: int, num_blocks: int) -> Tensor:
     """Key blocks drawn by query blocks [nb] for every key head: [Hk, nb, num_draws], repeats included, -1 for
     none.

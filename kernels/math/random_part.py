@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.contract import Call
+from kernels.contract import Call, PackedResult, Segment
 from kernels.math.accumulate import Accumulator
 from kernels.math.cache import DRAWS
 from kernels.math.edges import attend_edges, attend_row_edges
@@ -32,13 +32,29 @@ DRAWS_AT_ONCE = 1 << 15
 def add_random(acc: Accumulator, params: RandomParams, base: SpanPattern | None) -> None:
     """Add the drawn keys that ``base`` does not have. Without a base every row also keeps itself
     (block_size 1 only: whole blocks need a base that has the row itself, added before)."""
-    if acc.q.shape[-2] == 1:
+    if acc.call.impl == "triton" and params.block_size == 1:
+        from kernels._triton.edges_random import add_random_edges
+
+        add_random_edges(acc, params.num_random, base)
+    elif acc.q.shape[-2] == 1:
         _add_row(acc, params, base)
     elif params.block_size == 1:
         _add_edges(acc, params.num_random, base)
     else:
         assert base is not None and acc.filled
         add_blocks(acc, params, base)
+
+
+def prefill_random(
+    q: Tensor, segments: Sequence[Segment], params: RandomParams, call: Call
+) -> PackedResult | None:
+    """Segments of a packed call under impl ``triton``, every row over itself and single keys that it draws,
+    as ``contract.PrefillRows`` has it; None where that is bidirectional."""
+    if not call.causal:
+        return None
+    from kernels._triton.edges_random import prefill_random_edges
+
+    return prefill_random_edges(q, segments, params.num_random, call)
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,11 @@ def _add_row(acc: Accumulator, params: RandomParams, base: SpanPattern | None) -
     call, device = acc.call, acc.q.device
     B, Hk, G, _, D = acc.q.shape
     per_query_head = params.block_size == 1
+    if acc.call.impl == "triton":
+        from kernels._triton.edges_random import add_shared_row
+
+        add_shared_row(acc, *_row_blocks(acc, params, base), began)
+        return
     if per_query_head:
         rows = torch.tensor([call.start], device=device)
         tile = edge_tile(

@@ -49,26 +49,52 @@ class _Drawn:
 def decode_random(
     q: Tensor, segments: Sequence[Segment], params: RandomParams, base: SpanPattern | None, call: Call
 ) -> PackedResult | None:
-    """q and result as ``contract.DecodeRows`` says; on a CPU only. Without a base every row also keeps
-    itself (block_size 1 only)."""
-    if q.device.type != "cpu":
+    """q and result as ``contract.DecodeRows`` says; impl torch on a CPU only. Without a base every row also
+    keeps itself (block_size 1 only)."""
+    if q.device.type != "cpu" and call.impl != "triton":
         return None
     began = perf_counter()
     Hk, H = segments[0].k.shape[1], q.shape[1]
     plans = [_NOTHING if base is None else row_runs(base, segment.start) for segment in segments]
     drawn = _drawn(H, Hk, segments, params, plans, call, itself=base is None)
     planned = perf_counter()
-    queries = queries_of(q, Hk)
-    out, lse = _over_drawn(torch.cat(queries), segments, drawn, call.scale)
-    if base is not None:
-        merge_into(out, lse, *_over_base(queries, segments, plans, call.scale))
-    out = packed_rows((out,), q.dtype)
+    out = (_by_kernels if call.impl == "triton" else _by_calls)(q, segments, plans, drawn, base, call.scale)
     per_head = len(drawn.key_head)
     read = drawn.edges.shape[1] * drawn.edges.shape[2] * (H // per_head)
     kept = [H * plan.kept + more for plan, more in zip(plans, drawn.kept(H // per_head), strict=True)]
     computed = [H * plan.kept + read for plan in plans]
-    stats = stats_of_rows(q, segments, kept, computed, planned - began, perf_counter() - planned)
+    spent = planned - began, perf_counter() - planned
+    stats = stats_of_rows(q, segments, kept, computed, *spent, impl=call.impl)
     return PackedResult(out, stats, (None,) * len(segments))
+
+
+def _by_calls(
+    q: Tensor,
+    segments: Sequence[Segment],
+    plans: Sequence[RowRuns],
+    drawn: _Drawn,
+    base: SpanPattern | None,
+    scale: float,
+) -> Tensor:
+    queries = queries_of(q, segments[0].k.shape[1])
+    out, lse = _over_drawn(torch.cat(queries), segments, drawn, scale)
+    if base is not None:
+        merge_into(out, lse, *_over_base(queries, segments, plans, scale))
+    return packed_rows((out,), q.dtype)
+
+
+def _by_kernels(
+    q: Tensor,
+    segments: Sequence[Segment],
+    plans: Sequence[RowRuns],
+    drawn: _Drawn,
+    base: SpanPattern | None,
+    scale: float,
+) -> Tensor:
+    from kernels._triton.paged_rows import attend_drawn
+
+    listed = np.where(drawn.drop, -1, drawn.edges).astype(np.int32)
+    return attend_drawn(q, segments, [plan.runs for plan in plans], torch.from_numpy(listed), scale)
 
 
 def _drawn(

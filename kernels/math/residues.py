@@ -55,6 +55,11 @@ def residue_groups(
 
 def add_residues(acc: Accumulator, stride: int) -> None:
     """Add the classes of ``stride`` to every row of the accumulator."""
+    if acc.call.impl == "triton":
+        from kernels._triton import spans
+
+        spans.add_residues(acc, stride)
+        return
     call, num_rows, num_keys = acc.call, acc.q.shape[-2], acc.k.shape[2]
     guard = call.causal and not _finite(acc, slice(call.start, call.start + num_rows))
     kept = computed = 0

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.contract import Impl
 from kernels.math.row_bootstrap import upper_limit
-from kernels.math.row_exact import exact_rows
+from kernels.math.row_exact import exact_rows, runs_triton
 from kernels.math.row_sampling import DecodeSampler, DrawnRows, Rows, RowSampler
 
 __all__ = ["DecodeSampler", "DrawnRows", "ErrorFigures", "RowErrors", "RowSampler", "Rows", "exact_rows"]
@@ -121,13 +122,15 @@ class RowErrors:
             self._looked = _gathered(self._looked, each)
         self.add_totals(other._rows_total, other._residual_squares)
 
-    def add(self, drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> None:
+    def add(self, drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor, *, impl: Impl = "auto") -> None:
         """exact and used [1, H, R, Dv] of the rows ``drawn``, w_o [E, H Dv] (head h: columns h Dv ..
-        (h + 1) Dv), all of any float dtype. O(R E H Dv) time, memory for 64 rows [H, 64, E]. ValueError where
-        shapes do not fit."""
+        (h + 1) Dv), all of any float dtype. O(R E H Dv) time, memory for 64 rows [H, 64, E] (impl triton:
+        squares alone). ``impl`` as for ``exact_rows``. ValueError where shapes do not fit or impl triton
+        cannot compute them."""
         _check(drawn, exact, used, w_o)
         if len(drawn):
-            self._looked = _gathered(self._looked, _look(drawn, exact[0], used[0], w_o))
+            look = _look_by_triton if runs_triton(exact, exact, impl) else _look
+            self._looked = _gathered(self._looked, look(drawn, exact[0], used[0], w_o))
 
     def add_totals(self, rows: int, residual_squares: float | None) -> None:
         """Of all rows of a step, drawn or not: how many, and the sum of squares of the residual stream they
@@ -185,6 +188,16 @@ def _look(drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> _Looked
     x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     heads = torch.stack([part[2] for part in parts]).sum(0)
     return _Looked(x, y, drawn.probability, drawn.uniform, heads)
+
+
+def _look_by_triton(drawn: DrawnRows, exact: Tensor, used: Tensor, w_o: Tensor) -> _Looked:
+    """exact, used [H, R, Dv]. Read back once."""
+    from kernels._triton.row_error import row_squares
+
+    exact, used, w_o = (x if x.stride(-1) == 1 else x.contiguous() for x in (exact.float(), used, w_o))
+    squares = torch.cat(row_squares(exact, used, w_o)).cpu().double()
+    x, y = squares[-2], squares[-1]
+    return _Looked(x, y, drawn.probability, drawn.uniform, (squares[:-2] / drawn.probability).sum(-1))
 
 
 def _look_at(pi: Tensor, exact: Tensor, used: Tensor, w_o: Tensor) -> tuple[Tensor, Tensor, Tensor]:

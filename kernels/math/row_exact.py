@@ -8,6 +8,9 @@ threads share; those that only some may see follow in panels of 1,024 under a ma
 any of them; partial results merge by log-sum-exp (Dao, "Flash-Decoding", 2023). Rows far apart are taken in
 groups, so that little is multiplied only to be masked.
 
+Impl ``triton`` is another kernel (``kernels._triton.row_error``): its weights keep 16 bits or more where v is
+narrow.
+
 RG rows of one group times G, S panels of one call, P keys of a panel.
 """
 
@@ -20,6 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.contract import Impl
 from kernels.math.dense import Mask, accumulator_dtype, dense_part
 from kernels.math.merge import merge_into
 
@@ -32,15 +36,20 @@ MIN_SPAN, SPAN_DIVISOR = 2048, 2
 """Rows of a group lie within half of the keys before them, or 2,048."""
 
 
-def exact_rows(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def exact_rows(
+    q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, *, impl: Impl = "auto"
+) -> Tensor:
     """o [1, H, R, Dv] in fp32 (fp64 where q is) of the rows q [1, H, R, D] at ``positions`` int64 [R]
     (absolute, in any order) over k [1, Hk, M, D] and v [1, Hk, M, Dv] of any float dtype.
 
     O(H R M (D + Dv)) time; memory for 64 rows over 2,048 keys and 16 partial results. No key is felt by a row
-    that may not see it, whatever its numbers; M = 0 gives zeros. ValueError where shapes do not fit or a
-    causal position lies outside the keys.
+    that may not see it, whatever its numbers; M = 0 gives zeros. ``impl`` auto: triton where the tensors are
+    on a CUDA device and its kernels can compute them, else torch. ValueError where shapes do not fit, a
+    causal position lies outside the keys, or impl triton cannot compute them.
     """
     _check(q, positions, k, v, causal)
+    if runs_triton(q, v, impl):
+        return _by_triton(q, positions, k, v, scale, causal)
     order = torch.argsort(positions)
     ascending = positions[order].tolist()
     order = order.to(q.device)
@@ -49,6 +58,33 @@ def exact_rows(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float,
         some, of_some = order[rows], ascending[rows] if causal else None
         stop = ascending[rows.stop - 1] + 1 if causal else k.shape[2]
         out[:, :, some] = _group(q[0, :, some], of_some, k[0, :, :stop], v[0, :, :stop], scale)
+    return out
+
+
+def runs_triton(q: Tensor, v: Tensor, impl: Impl) -> bool:
+    """Whether rows q over values v go to Triton's kernels. ValueError where they must and cannot."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be auto, torch or triton, got {impl!r}")
+    if impl == "torch" or (impl == "auto" and not q.is_cuda):
+        return False
+    from kernels._triton.available import why_not
+
+    reasons = why_not(q, v)
+    if impl == "triton" and reasons:
+        raise ValueError("; ".join(reasons))
+    return not reasons
+
+
+def _by_triton(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    from kernels._triton.row_error import row_softmax, row_table
+
+    stop = int(positions.max()) + 1 if causal and len(positions) else k.shape[2]
+    if not (len(positions) and stop):
+        return q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
+    table = row_table(torch.arange(len(positions)), positions, q.device)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k[:, :, :stop], v[:, :, :stop]))
+    out = row_softmax(q, k, v, table, scale=scale, causal=causal).out
+    assert out is not None
     return out
 
 

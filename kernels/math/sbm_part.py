@@ -53,6 +53,7 @@ class EdgePart:
     params: SbmParams
     kept: list[int] = field(init=False)
     flops: int = 0
+    _count: Callable[[], None] = field(default=lambda: None)
 
     def __post_init__(self) -> None:
         self.kept = [0] * self.learned.num_heads
@@ -62,7 +63,17 @@ class EdgePart:
         acc = self.acc
         return acc.call.start + acc.q.shape[-2] if acc.call.causal else acc.k.shape[2]
 
+    def count(self) -> None:
+        """What was kept and computed, read from the device where only it knows: after everything else has
+        been launched."""
+        self._count()
+
     def add(self) -> None:
+        if self.acc.call.impl == "triton":
+            from kernels._triton.edges_sbm import add_drawn
+
+            self._count = add_drawn(self)
+            return
         single = self.acc.q.shape[-2] == 1
         for b in range(self.acc.q.shape[0]):
             if single:
@@ -72,7 +83,7 @@ class EdgePart:
                 self._add_group(b, key_head)
         self.acc.complete(sum(self.kept), sum(self.kept))
 
-    def _sums(self, b: int, key_head: int | None) -> KeySums:
+    def sums(self, b: int, key_head: int | None) -> KeySums:
         """Of all heads where they are kept or asked for (None), else of one key head's query heads."""
         began, acc = perf_counter(), self.acc
         sums = kept_sums(acc.call, self.learned, self.params.exploration > 0.0) if len(acc.q) == 1 else None
@@ -91,7 +102,7 @@ class EdgePart:
         acc.selection_s += perf_counter() - began
         return sums
 
-    def _rates(self, q: Tensor, head: int | slice) -> Tensor:
+    def rates(self, q: Tensor, head: int | slice) -> Tensor:
         C, D = self.learned.num_clusters, self.learned.head_dim
         self.flops += q.shape[:-1].numel() * (4 * D * D + 2 * C * D + 2 * C * C + 2 * C)
         return row_rates(q, self.learned, head, self.params.exploration)
@@ -99,7 +110,7 @@ class EdgePart:
     def _add_group(self, b: int, key_head: int) -> None:
         acc = self.acc
         G = acc.q.shape[2]
-        sums = self._sums(b, key_head)
+        sums = self.sums(b, key_head)
         k, v = (x[b, key_head, : self.num_keys].to(acc.q.dtype).contiguous() for x in (acc.k, acc.v))
         for g in range(G):
             own = g if len(sums.members) == G else key_head * G + g
@@ -134,7 +145,7 @@ class EdgePart:
         prefix = sums.prefix(own, self.num_keys)
         guide, stream = Guide(prefix), head_stream(call.seed, call.layer, head)
         for rows, positions in self._tiles():
-            r = self._rates(self.acc.q[b, key_head, g, rows], head)
+            r = self.rates(self.acc.q[b, key_head, g, rows], head)
             seen = prefix[:, positions + 1].mT if call.causal else prefix[:, -1].expand_as(r)
             found, streams = rates(r, seen), row_streams(stream, positions)
             for some in batches(found.expected):
@@ -153,7 +164,7 @@ class EdgePart:
             max(1, PAIRS_AT_ONCE // self.num_keys),
         )
         for tile, where in self._tiles():
-            r, streams = self._rates(self.acc.q[b, key_head, g, tile], head), row_streams(stream, where)
+            r, streams = self.rates(self.acc.q[b, key_head, g, tile], head), row_streams(stream, where)
             for a in range(0, len(r), height):
                 some = slice(a, min(a + height, len(r)))
                 edges = bernoulli_edges(streams[some], r[some], members, where[some] if call.causal else None)
@@ -164,10 +175,10 @@ class EdgePart:
         """The only row of the call, of all heads."""
         acc, call = self.acc, self.acc.call
         Hk, G, _, D = acc.q.shape[1:]
-        sums = self._sums(b, None)
+        sums = self.sums(b, None)
         began = perf_counter()
         q = acc.q[b].reshape(Hk * G, D)
-        r = self._rates(q[:, None], slice(None))[:, 0]
+        r = self.rates(q[:, None], slice(None))[:, 0]
         edges = self._row_points(sums, r) if self.params.sampler == "poisson" else self._row_pairs(sums, r)
         acc.selection_s += perf_counter() - began
         head = torch.arange(Hk, device=q.device).repeat_interleave(G)
@@ -177,7 +188,7 @@ class EdgePart:
 
     def _row_points(self, sums: KeySums, r: Tensor) -> Edges:
         found = rates(r, sums.upto(self.num_keys))
-        streams, rows, keys = self._row_streams(bernoulli=False), [], []
+        streams, rows, keys = self.streams_of_row(), [], []
         for some in batches(found.expected):
             points = draw_points(streams[some], found.take(some))
             rows.append(points.row.long() + some.start)
@@ -185,7 +196,7 @@ class EdgePart:
         return distinct(torch.cat(rows), torch.cat(keys), len(r), self.num_keys)
 
     def _row_pairs(self, sums: KeySums, r: Tensor) -> Edges:
-        streams, parts = self._row_streams(bernoulli=True), []
+        streams, parts = self.streams_of_row(), []
         for head in range(len(r)):
             members = sums.members[head, :, : self.num_keys].double()
             parts.append(bernoulli_edges(streams[head : head + 1], r[head : head + 1], members, None))
@@ -193,7 +204,9 @@ class EdgePart:
         counts = torch.cat([part.ends[1:] for part in parts]).cumsum(0)
         return Edges(torch.nn.functional.pad(counts, (1, 0)), torch.cat([part.keys for part in parts]))
 
-    def _row_streams(self, *, bernoulli: bool) -> Tensor:
+    def streams_of_row(self) -> Tensor:
+        """Of the only row of the call, per head: int64 [H]."""
+        bernoulli = self.params.sampler == "bernoulli"
         call, heads = self.acc.call, range(self.learned.num_heads)
         streams = [head_stream(call.seed, call.layer, head, bernoulli=bernoulli) for head in heads]
         device = self.acc.q.device

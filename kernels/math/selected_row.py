@@ -11,22 +11,103 @@ its tables, lists and merges, which for one row would cost more than the attenti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Call, Stats
+from kernels.contract import AttentionResult, Call, PackedResult, Segment, Stats
 from kernels.math.decode import softmax_lse
 from kernels.math.dense import accumulator_dtype, grouped
 from kernels.math.remainder import gate, share_or_bound
 from kernels.math.selection import TileParams
 from kernels.math.summaries import BlockSummaries, Summary
 
+if TYPE_CHECKING:
+    from kernels._triton.paged_selected import SelectedRows
+
 ScoreRow = Callable[[Tensor, Summary, float], tuple[Tensor, int]]
 """q [Hk, G, 1, D], the summary of the candidates, scale -> scores [Hk, P] by which blocks are chosen, +inf
 for those that are to be kept before all others, never NaN; and what they took (``Stats.pairs_scored``)."""
+
+
+@dataclass(frozen=True)
+class RowScoring:
+    """How kernels score a single row's blocks: by the bounds of their keys (``step`` None), or by the logits
+    of every ``step``-th key. ``first_block`` is chosen before others of finite score; ``knows_every_logit``:
+    what is dropped is known exactly."""
+
+    step: int | None
+    first_block: bool = False
+    knows_every_logit: bool = False
+
+    def scored(self, num_heads: int, start: int, num_blocks: int) -> int:
+        """As ``Stats.pairs_scored`` counts: a bound takes two products of D numbers."""
+        if self.step is None:
+            return 2 * num_heads * num_blocks
+        return num_heads * len(range(self.step - 1 - start % self.step, start + 1, self.step))
+
+
+def row_by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, params: TileParams, call: Call, scoring: RowScoring
+) -> AttentionResult:
+    """Impl ``triton`` on a call that ``runs_as_row`` admits."""
+    segment = Segment(slice(0, 1), k, v, call.start, call.seed, call.summaries, call.kept)
+    rows, stats = _rows_by_kernels(q, [segment], params, call, scoring)
+    out = rows.out.to(q.dtype).unsqueeze(2)
+    return AttentionResult(out, rows.lse.unsqueeze(2), stats[0], rows.dropped.unsqueeze(2))
+
+
+def decode_selected(
+    q: Tensor, segments: Sequence[Segment], params: TileParams, call: Call, scoring: RowScoring
+) -> PackedResult | None:
+    """Impl ``triton`` on one-row segments together, as ``contract.DecodeRows`` has it; None for impl torch
+    and where key heads keep different amounts, or as much as a share of the mass takes, or skip blocks."""
+    budgets = params.keep(call.layer, segments[0].k.shape[1]).blocks
+    if call.impl != "triton" or params.skip > 0 or budgets is None or len(set(budgets)) > 1:
+        return None
+    rows, stats = _rows_by_kernels(q, segments, params, call, scoring)
+    out = rows.out.to(q.dtype).transpose(0, 1).unsqueeze(0)
+    return PackedResult(out, stats, tuple(rows.dropped[:, None, :, None].unbind(0)))
+
+
+def _rows_by_kernels(
+    q: Tensor, segments: Sequence[Segment], params: TileParams, call: Call, scoring: RowScoring
+) -> tuple[SelectedRows, tuple[Stats, ...]]:
+    """Everything is launched before the shares that were left out are read."""
+    from kernels._triton.paged_choice import Scoring
+    from kernels._triton.paged_selected import attend_selected
+
+    began = perf_counter()
+    budgets = params.keep(call.layer, segments[0].k.shape[1]).blocks
+    assert budgets is not None
+    rows = attend_selected(
+        q,
+        segments,
+        params,
+        Scoring(scoring.step, scoring.first_block),
+        budgets[0],
+        call.scale,
+        knows_every_logit=scoring.knows_every_logit,
+    )
+    shares = rows.dropped.mean(1).tolist()
+    spent_ms = (perf_counter() - began) * 1e3 / len(segments)
+    stats = []
+    for segment, share in zip(segments, shares, strict=True):
+        own = _stats_of_row(q.shape[1], segment.start, params, budgets[0], scoring)
+        stats.append(replace(own, compute_ms=spent_ms, dropped_mass=share))
+    return rows, tuple(stats)
+
+
+def _stats_of_row(num_heads: int, start: int, params: TileParams, budget: int, scoring: RowScoring) -> Stats:
+    blocks = start // params.query_tile * params.query_tile // params.block_size
+    left_out = max(blocks - budget, 0)
+    kept = num_heads * (start + 1 - left_out * params.block_size)
+    scored = scoring.scored(num_heads, start, blocks) if left_out else 0
+    return Stats(kept, num_heads * (start + 1), kept, 0.0, 0.0, "triton", pairs_scored=scored)
 
 
 def runs_as_row(q: Tensor, k: Tensor, params: TileParams, call: Call) -> bool:

@@ -20,18 +20,22 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.contract import AttentionResult, Call
+from kernels.contract import AttentionResult, Call, PackedResult, Segment
 from kernels.math.accumulate import Accumulator, accumulator, result
 from kernels.math.cache import MASKS, PLANS
 from kernels.math.decode import attend_row
 from kernels.math.dense import Mask, computed_elements, dense_part, make_mask
 from kernels.math.merge import merge_into
+
+if TYPE_CHECKING:
+    from kernels._triton.spans import SpanTables
 
 BATCH_ROWS = 4096
 _JOINED_ROWS = 256
@@ -117,11 +121,13 @@ class Part:
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """Parts, or the runs of a single row; the range of keys that masked panels touch."""
+    """Parts, or the runs of a single row, or under impl ``triton`` its kernel's tables; the range of keys
+    that masked panels touch."""
 
     parts: tuple[Part, ...]
     runs: tuple[slice, ...] = ()
     masked: slice | None = None
+    tables: SpanTables | None = None
 
     @property
     def nbytes(self) -> int:
@@ -169,17 +175,45 @@ def num_keys_of(runs: Sequence[slice]) -> int:
     return sum(len(range(run.start, run.stop, run.step)) for run in runs)
 
 
-def span_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SpanPattern, call: Call) -> AttentionResult:
-    """A whole call over a pattern that is nothing but spans."""
+def span_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: SpanPattern, call: Call, *, nothing_dropped: bool = False
+) -> AttentionResult:
+    """A whole call over a pattern that is nothing but spans. ``nothing_dropped``: every pair is kept, and the
+    result says so."""
+    if call.impl == "triton" and q.shape[2] > 1:
+        from kernels._triton import spans
+
+        return spans.span_attention(q, k, v, pattern, call, nothing_dropped=nothing_dropped)
     began = perf_counter()
     acc = accumulator(q, k, v, call)
     add_spans(acc, plan_for(acc, pattern))
-    return result(acc, q, began)
+    return result(acc, q, began, dropped=torch.zeros_like(acc.lse) if nothing_dropped else None)
+
+
+def prefill_spans(
+    q: Tensor,
+    segments: Sequence[Segment],
+    pattern: Callable[[Segment], SpanPattern],
+    call: Call,
+    *,
+    nothing_dropped: bool = False,
+) -> PackedResult:
+    """Segments of a packed call in one launch, each over its own pattern (``contract.PrefillRows``)."""
+    from kernels._triton.spans import packed_spans, span_part
+
+    parts = [lambda segment: span_part(pattern(segment), call.causal)]
+    return packed_spans(q, segments, parts, call, nothing_dropped=nothing_dropped)
 
 
 def plan_for(acc: Accumulator, pattern: SpanPattern) -> SpanPlan:
     """The plan for these rows, cached. A causal one does not depend on how many keys follow the last row."""
     began = perf_counter()
+    if acc.call.impl == "triton" and acc.q.shape[-2] > 1:
+        from kernels._triton import spans
+
+        tables = spans.tables_for(acc, pattern)
+        acc.selection_s += perf_counter() - began
+        return SpanPlan((), tables=tables)
     start, num_rows, causal = acc.call.start, acc.q.shape[-2], acc.call.causal
     num_keys = start + num_rows if causal else acc.k.shape[2]
     group = acc.q.shape[2]
@@ -192,6 +226,11 @@ def plan_for(acc: Accumulator, pattern: SpanPattern) -> SpanPlan:
 
 def add_spans(acc: Accumulator, plan: SpanPlan) -> None:
     """Add the plan's rows to the accumulator."""
+    if plan.tables is not None:
+        from kernels._triton import spans
+
+        spans.add_tables(acc, plan.tables)
+        return
     if acc.q.shape[-2] == 1:
         _add_row(acc, plan)
         return
@@ -206,7 +245,7 @@ def add_spans(acc: Accumulator, plan: SpanPlan) -> None:
 def _add_row(acc: Accumulator, plan: SpanPlan) -> None:
     out, lse = acc.out, acc.lse
     if plan.runs:
-        part = attend_row(acc.q, acc.k, acc.v, plan.runs, acc.call.scale)
+        part = attend_row(acc.q, acc.k, acc.v, plan.runs, acc.call.scale, impl=acc.call.impl)
     else:
         part = torch.zeros_like(out), torch.full_like(lse, -math.inf)
     acc.put_into(out, lse, *part)

@@ -34,6 +34,7 @@ from models.contract import (
     StepResult,
     Verify,
     Want,
+    WarmUp,
     Work,
 )
 from models.errors import NonFiniteOutput
@@ -170,6 +171,7 @@ class FakeModel:
     max_cached_bytes: int = 0
     meters: list[FakeMeter] = field(default_factory=list)
     """Every one that was made."""
+    to_warm: Sequence[WarmUp] = ()
     guard: Callable[[Planned, int], tuple[Kept, ...]] | None = None
     """What a guard sees of a prompt of so many tokens, and repairs: half of the budget is spent, and nothing
     repaired, where there is none."""
@@ -188,6 +190,9 @@ class FakeModel:
         assert not self.misuse, self.misuse
         assert not self.open_states, f"{len(self.open_states)} sequences were never closed"
         assert not self.open_forwards, f"{len(self.open_forwards)} forwards were neither finished nor closed"
+
+    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+        return self.to_warm
 
     def unsupported(self, choice: Choice) -> list[str]:
         if choice.backend == "strided" and not self.info.causal:
@@ -383,7 +388,7 @@ class FakeModel:
             flops_exact=float(exact),
             selection_ms=0.1,
             attention_ms=0.2,
-            impl="fake",
+            impl="torch",
         )
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:

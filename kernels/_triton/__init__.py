@@ -1,0 +1,1 @@
+"""GPU kernels in Triton, named by what they compute. Imported at call time only, by impl ``triton``."""
