@@ -15,6 +15,7 @@ that see them and no others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -89,7 +90,7 @@ def block_sparse(
     """Add the tiles' attention to ``rows``, merged by log-sum-exp where ``rows.filled``; then it is set.
 
     ``skip`` > 0 leaves out a full entry whose every logit m_ij is so far below what the row has seen before
-    that exp(m_ij - m_i) < skip, in all rows and heads of the tile.
+    that exp(m_ij - m_i) < skip, in all rows and heads of the tile; a logit that is not a number is not below.
     """
     group = rows.q.shape[1] // keys.num_heads
     q, out = (x.unflatten(1, (keys.num_heads, group)) for x in (rows.q, rows.out))
@@ -110,7 +111,9 @@ def rows_for(q: Tensor, num_key_heads: int, head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
+    """A tensor as a cache holds it."""
+
     tensor: Tensor
 
     @property
@@ -123,7 +126,7 @@ def tiles_of(borders: Sequence[int], rows: int, device: torch.device, *, num_seq
     ascending from 0), on which lists depend: tile i between them is list i. The same for every sequence of a
     batch, whose lists follow each other. Cached."""
     key = ("kernel tiles", tuple(borders), rows, num_sequences, device)
-    return Tiles(rows, PLANS.get(key, lambda: _Table(_cut(borders, rows, num_sequences, device))).tensor)
+    return Tiles(rows, PLANS.get(key, lambda: Table(_cut(borders, rows, num_sequences, device))).tensor)
 
 
 def _cut(borders: Sequence[int], rows: int, num_sequences: int, device: torch.device) -> Tensor:
@@ -137,7 +140,7 @@ def _cut(borders: Sequence[int], rows: int, num_sequences: int, device: torch.de
         np.stack([first, num, np.full_like(num, b), own_list + b * len(pieces)], 1)
         for b in range(num_sequences)
     ]
-    return torch.from_numpy(np.concatenate(tables).astype(np.int32)).to(device)
+    return torch.from_numpy(np.concatenate(tables).astype(np.int32)).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,9 @@ def launch_on(
     strides."""
     B, heads, group = q.shape[:3]
     shape = _shape(target or target_of(q.device), q.dtype, max(keys.key_dim, keys.value_dim))
-    share = group if tiles.rows * group <= MAX_BLOCK_M and _heads_of(lists) != heads * group else 1
-    block_m, num_tiles = power_of_two(tiles.rows * share), len(tiles.table)
+    each_head = group > 1 and _heads_of(lists) == heads * group
+    share = group if tiles.rows * group <= MAX_BLOCK_M and not each_head else 1
+    block_m = power_of_two(tiles.rows * share)
     positive, sign = unsigned_scale(scale)
     args: dict[str, Tensor | int | float] = {
         "q": q,
@@ -200,7 +204,6 @@ def launch_on(
         **_strides(q, out, lse, B),
         **_list_strides(lists),
         "row_step": tiles.step,
-        "num_tiles": num_tiles,
     }
     constants: dict[str, int | bool | str | float] = {
         "KEY_DIM": keys.key_dim,
@@ -210,6 +213,7 @@ def launch_on(
         "HEADS": heads * group // share,
         "GROUP": group,
         "SHARE": share,
+        "LISTED": 1 if each_head else group // share,
         "ROWS": tiles.rows,
         "BLOCK_M": block_m,
         "BLOCK": lists.block,
@@ -228,7 +232,7 @@ def launch_on(
     return Launch(
         kernel="block_sparse",
         fn=block_sparse_kernel,
-        grid=(num_tiles * heads * group // share,),
+        grid=(len(tiles.table) * heads * group // share,),
         args=args,
         constants=constants,
         num_warps=shape.num_warps if block_m >= shape.block_m else 4,
@@ -240,7 +244,7 @@ def launch_on(
 def _log2(skip: float) -> float:
     if not 0.0 <= skip < 1.0:
         raise ValueError(f"skip must lie in 0 <= skip < 1, got {skip}")
-    return float(torch.tensor(skip, dtype=torch.float64).log2()) if skip > 0.0 else 0.0
+    return math.log2(skip) if skip > 0.0 else 0.0
 
 
 def _heads_of(lists: Lists) -> int:
@@ -273,7 +277,7 @@ def _strides(q: Tensor, out: Tensor, lse: Tensor, B: int) -> dict[str, int]:
 
 
 SIZES = frozenset(
-    ("lse_b", "lse_k", "lse_g", "lse_n", "full_head", "masked_head", "order_head") + ("row_step", "num_tiles")
+    ("lse_b", "lse_k", "lse_g", "lse_n", "full_head", "masked_head", "order_head", "row_step")
 )
 
 
@@ -312,7 +316,6 @@ def block_sparse_kernel(
     masked_head,
     order_head,
     row_step,
-    num_tiles,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
@@ -320,6 +323,7 @@ def block_sparse_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SHARE: tl.constexpr,
+    LISTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -337,8 +341,9 @@ def block_sparse_kernel(
 ):
     program = tl.program_id(0)
     head, tile = program % HEADS, program // HEADS
+    list_head = (head // LISTED).to(tl.int64)
     if ORDER:
-        tile = tl.load(order + head.to(tl.int64) * order_head + tile)
+        tile = tl.load(order + list_head * order_head + tile)
     first_row = tl.load(tiles + tile * 4)
     num_rows = tl.load(tiles + tile * 4 + 1)
     sequence = tl.load(tiles + tile * 4 + 2)
@@ -371,7 +376,7 @@ def block_sparse_kernel(
     acc = tl.zeros([BLOCK_M, VALUE_BLOCK], tl.float32)
 
     if MASKED:
-        indptr = masked_indptr + head.to(tl.int64) * masked_head + tile
+        indptr = masked_indptr + list_head * masked_head + tile
         begin, end = tl.load(indptr), tl.load(indptr + 1)
         m, l, acc = _masked_entries(
             queries, k, v, k_n, v_n, masked, masks, begin, end, row, num_keys, m, l, acc, scale, sign,
@@ -402,7 +407,7 @@ def block_sparse_kernel(
 
     if FULL:
         PARTS: tl.constexpr = BLOCK // BLOCK_N
-        indptr = full_indptr + head.to(tl.int64) * full_head + own_list
+        indptr = full_indptr + list_head * full_head + own_list
         begin, end = tl.load(indptr), tl.load(indptr + 1)
         for turn in tl.range(0, (end - begin) * PARTS):
             entry = (begin + turn // PARTS).to(tl.int64)
@@ -414,7 +419,8 @@ def block_sparse_kernel(
             if CUT:
                 scores = tl.where(live[None, :], scores, float("-inf"))
             if SKIP:
-                below = tl.max(tl.where(own, tl.max(scores, 1) * scale - m - skip, -1.0), 0)
+                best = tl.max(tl.where(scores == scores, scores, float("inf")), 1)
+                below = tl.max(tl.where(own, best * scale - m - skip, -1.0), 0)
                 if not (below < 0.0):
                     values = load_rows(v, places, v_n, live, VALUE_DIM, VALUE_BLOCK, CUT)
                     m, l, acc = softmax_step(scores, values, m, l, acc, scale, PRECISION)

@@ -272,11 +272,20 @@ def examples(target: Target, dtype: torch.dtype, head_dim: int) -> Iterator[Laun
         for launch in round_launches(acc, plan, found, reach, tile, _ints(1)):
             yield replace(launch, work=_work(acc, cluster_size, tile))
         yield places
+    yield from _example_row(dtype, head_dim, Reach(128, 64, 4))
+
+
+def _example_row(dtype: torch.dtype, head_dim: int, reach: Reach) -> Iterator[Launch]:
+    """As many codes are read as fill every bucket once they are spread evenly."""
     acc = _example_rows(dtype, head_dim, True, 1)
     codes = Codes(_ints(8, 2, EXAMPLE_TOKENS).short(), _ints(8, 4, 2, 1).short(), (0, 1), 64)
-    listed, count = _ints(32, 256), _ints(32)
-    yield find_launch(codes.keys, [codes], listed, count, Reach(128, 64, 4), 4)
-    yield attend_launch(acc, listed, count)
+    listed, count = _ints(32, 2 * reach.cluster_size), _ints(32)
+    found = codes.keys[..., : reach.cluster_size * codes.num_buckets].nbytes + listed.nbytes
+    launch = find_launch(codes.keys, [codes], listed, count, reach, 4)
+    yield replace(launch, work=Work(0, 0, found))
+    pairs = float(listed.numel())
+    moved = pairs * 2 * head_dim * acc.k.element_size() + listed.nbytes + acc.q.nbytes + 2 * acc.out.nbytes
+    yield replace(attend_launch(acc, listed, count), work=Work(4 * head_dim * pairs, pairs, moved))
 
 
 def _ints(*shape: int) -> Tensor:

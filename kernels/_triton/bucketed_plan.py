@@ -10,14 +10,14 @@ number is bounded by rows and by runs, and those beyond the last are empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import Launch
+from kernels._triton.launch import Launch, Work
 from kernels.math.accumulate import Accumulator
 from kernels.math.buckets import Codes, Reach
 
@@ -219,4 +219,6 @@ def example_plan(acc: Accumulator, reach: Reach, tile_rows: int) -> tuple[Plan, 
     num_tiles = most_tiles(shape, RUN_OF_CLUSTERS * reach.cluster_size, tile_rows)
     plan = Plan(shape, 2, num_tiles, order, order, lo, lo, lo, lo.new_empty(shape.heads, 2, num_tiles + 1))
     rows = torch.empty(shape.heads, G, 2, N, dtype=torch.int16, device=acc.q.device)
-    return plan, places_launch(rows, starts, order, lo, lo, lo, shape, reach, acc.call.causal, buckets)
+    launch = places_launch(rows, starts, order, lo, lo, lo, shape, reach, acc.call.causal, buckets)
+    moved = rows.nbytes + starts.nbytes + order.nbytes + 3 * lo.nbytes
+    return plan, replace(launch, work=Work(0, 0, moved))

@@ -223,12 +223,12 @@ def attend_edges(rows: EdgeRows, keys: Keys, lists: EdgeLists, *, scale: float) 
     shape = rows.lse.shape
     part = EdgeRows(
         rows.q,
-        rows.out.new_empty(splits, *rows.out.shape),
+        rows.lse.new_empty(splits, *rows.out.shape),
         rows.lse.new_empty(splits, *shape),
         sequence=rows.sequence,
     )
     softmax_launch(part, keys, lists, scale=scale, splits=splits).run()
-    out, lse = rows.out.new_empty(rows.out.shape), rows.lse.new_empty(shape)
+    out, lse = rows.lse.new_empty(rows.out.shape), rows.lse.new_empty(shape)
     merge_launch(part.out, part.lse, out, lse).run()
     if rows.filled:
         from kernels.math.merge import merge_into
@@ -284,7 +284,7 @@ def softmax_launch(
             "BLOCK_EDGES": INTERPRETED_EDGES if interpreting() else BLOCK_EDGES,
             "COLUMNS": SEQUENCE_COLUMNS, "EQUAL": lists.equal, "MERGE": rows.filled,
             "PACKED": rows.sequence is not None,
-            "ALIGNED": ALIGNED_BYTES // q.element_size() if keys.aligned else 1, "STAGES": 1,
+            "ALIGNED": ALIGNED_BYTES // keys.k.element_size() if keys.aligned else 1, "STAGES": 1,
         },
         num_warps=NUM_WARPS,
         num_stages=1,

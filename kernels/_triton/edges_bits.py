@@ -117,7 +117,8 @@ def draw_points(
             wide = cluster.to(tl.int64)
             ends = sums + (line * sums_line)[:, None] + wide * sums_cluster + 1
             low = tl.full([ROWS, POINTS], 0, tl.int32)
-            high = low + (limit // 64 if TWO_LEVEL else limit)[:, None]
+            # not beyond the last block that has a key: memberships need not go on after it
+            high = low + ((limit - 1) // 64 if TWO_LEVEL else limit)[:, None]
             for _ in range(steps):
                 undecided = alive & (low < high)
                 middle = (low + high) // 2

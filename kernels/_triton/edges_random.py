@@ -24,6 +24,8 @@ from kernels.math.random_keys import row_streams
 from kernels.math.spans import SpanPattern
 
 EDGES_AT_ONCE = 1 << 24
+ALIGNED_ROWS = 16
+"""Stretches begin at multiples of it: their slices are as aligned as the whole, and compile nothing anew."""
 
 
 def add_random_edges(acc: Accumulator, num_random: int, base: SpanPattern | None) -> None:
@@ -51,7 +53,8 @@ def add_random_edges(acc: Accumulator, num_random: int, base: SpanPattern | None
 def _over_draws(rows: EdgeRows, keys: Keys, drawing: Drawing, scale: float) -> Tensor:
     """Draw and attend, some rows at a time; pairs that count, int64 [N]."""
     num_rows, group = drawing.num_rows, rows.q.shape[2]
-    step = max(1, EDGES_AT_ONCE // (drawing.streams.shape[1] * drawing.width))
+    step = max(ALIGNED_ROWS, EDGES_AT_ONCE // (drawing.streams.shape[1] * drawing.width))
+    step = step // ALIGNED_ROWS * ALIGNED_ROWS
     kept = []
     for a in range(0, num_rows, step):
         b = min(a + step, num_rows)

@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,13 @@ class Work:
     bytes: float
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one, to which Triton launches, where another is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 @dataclass(frozen=True)
 class Launch:
     """``args`` in the kernel's order: tensors, ints, floats. ``constants`` are its constexprs. ``sizes``
@@ -63,16 +71,17 @@ class Launch:
     """What else tells two variants of one kernel apart in the report."""
 
     def run(self) -> None:
-        """Launch it. A grid without programs launches nothing."""
+        """Launch it, on the device of its tensors. A grid without programs launches nothing."""
         if 0 in self.grid:
             return
-        self.fn[self.grid](
-            *self.args.values(),
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=True,  # as the compile report has it; Triton's own default is about to change
-        )
+        with current(next(x.device for x in self.args.values() if isinstance(x, Tensor))):
+            self.fn[self.grid](
+                *self.args.values(),
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                enable_fp_fusion=True,  # as the compile report has it; Triton's own default is about to change
+            )
 
     def signature(self) -> dict[str, str]:
         """Triton's type of every argument, constants included."""

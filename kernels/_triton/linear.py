@@ -60,9 +60,18 @@ class Tiles:
 
 def tiles_of(target: Target, itemsize: int, head_dim: int) -> Tiles:
     """What fits registers and shared memory without spilling."""
+    older = target.capability < 90
+    if itemsize == 4 and older and head_dim > 64:
+        return Tiles(32, 16, 64, 32, 8, 8, columns=16, chunk=32)
     if itemsize == 4:
         return Tiles(64, 16, 64, 32, 8, 8, columns=32, chunk=32)
-    return Tiles(64, 16 if target.capability < 90 else 32, 64, 64, 4, 4)
+    return Tiles(64, 16 if older else 32, 64, 64, 4, 8 if older and head_dim <= 64 else 4)
+
+
+def mend_warps(target: Target, itemsize: int, head_dim: int) -> int:
+    """Where the assembler keeps everything in registers: 4 warps, and 8 in 16 bits here and there, spill."""
+    few = {80: head_dim > 64, 90: head_dim <= 64}.get(target.capability, False)
+    return 2 if itemsize == 2 and few else 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +325,7 @@ def row_launches(one: Operands, plan: Plan, states: States, position: int, causa
         (num_tiles * parts, *grid[1:]),
         args,
         constants | {"PARTS": parts, "BLOCK_D": min(MEND_COLUMNS, _padded(one.q.shape[-1]))},
-        num_warps=4,
+        num_warps=mend_warps(one.target, one.q.element_size(), max(one.q.shape[-1], width)),
         sizes=sizes,
     )
     return [rows, mend]
@@ -521,7 +530,9 @@ def examples(target: Target, dtype: torch.dtype, head_dim: int) -> Iterator[Laun
     many."""
     one = _example(target, dtype, head_dim, 16384)
     yield from _with_work(one, *_example_prefill(one, True))
-    yield from _with_work(one, *_example_prefill(one, False))
+    bidirectional, plan = _example_prefill(one, False)
+    others = [launch for launch in bidirectional if launch.kernel != "stretch_totals"]  # the causal one's
+    yield from _with_work(one, others, plan)
     step = _example(target, dtype, head_dim, 1)
     yield from _with_work(step, step_launches(step, _new_sums(step, 0, 16383), 16383, 16384)[0], None)
     yield from landmark_examples(target, dtype, head_dim)

@@ -154,6 +154,7 @@ def feature_rows(
     across += token.to(tl.int64) * tl.multiple_of(q_n.to(tl.int64), ALIGN)
     if BLOCK_D == PADDED_D:
         queries = load_rows(rows, across, 1, there, D, PADDED_D)
+    drop = row_norms(rows, across, there, D, PADDED_D, BLOCK_D) * half + log_features
     chunk = last_chunk
     if CAUSAL:
         chunk = tl.minimum(tl.maximum(tl.maximum(first, 0) // CHUNK, first_kept), last_chunk)
@@ -172,7 +173,8 @@ def feature_rows(
     total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
     state = (z * (last_chunk - first_kept + 1) + chunk - first_kept) * num_features
     w += h * num_features * D
-    for begin in tl.range(0, num_features, BLOCK_F, num_stages=STAGES):
+    lean: tl.constexpr = BLOCK_D != PADDED_D  # what is the same in every step, hoisted, would be spilled
+    for begin in tl.range(0, num_features, BLOCK_F, num_stages=STAGES, disable_licm=lean):
         r = begin + tl.arange(0, BLOCK_F)
         some = r < num_features
         if BLOCK_D == PADDED_D:
@@ -247,7 +249,6 @@ def feature_rows(
         ) + tl.program_id(0)
         marks = tl.max(tl.reshape(marks, [parts, 16]), 1).to(tl.int8)
         tl.store(lost + program.to(tl.int64) * parts + tl.arange(0, parts), marks)
-    drop = row_norms(rows, across, there, D, PADDED_D, BLOCK_D) * half + log_features
     put_rows(out, lse, o_b.to(tl.int64), o_h.to(tl.int64), o_g.to(tl.int64), o_n.to(tl.int64), z, b, h, g,
     token,
              there, total, count, top, drop, N, G, DV, PADDED_V)  # fmt: skip
@@ -330,7 +331,7 @@ def mend_rows(
     count = tl.zeros([16], tl.float32)
     total = tl.zeros([16, PADDED_V], tl.float32)
     state = (z * (last_chunk - first_kept + 1) + chunk - first_kept) * num_features
-    for begin in range(0, num_features, 16):
+    for begin in tl.range(0, num_features, 16, disable_licm=True):
         r = begin + tl.arange(0, 16)
         some = r < num_features
         exponents, squares = products(
@@ -342,12 +343,13 @@ def mend_rows(
         top, count, total = add_panel(top, count, total, exponents + biases[None, :], values, PRECISION)
     furthest = tl.minimum(tl.max(at) + 1, end)
     dv = tl.arange(0, PADDED_V)
-    for block in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, furthest), 16):
+    stop = tl.minimum(chunk * CHUNK + CHUNK, furthest)
+    for block in tl.range(chunk * CHUNK, stop, 16, disable_licm=True):
         j = block + tl.arange(0, 16)
         near = (j >= lo) & (j < end)
         pair_top = tl.full([16, 16], float("-inf"), tl.float32)
         pair = tl.zeros([16, 16], tl.float32)
-        for begin in range(0, num_features, 16):
+        for begin in tl.range(0, num_features, 16, disable_licm=True):
             r = begin + tl.arange(0, 16)
             some = r < num_features
             exponents, squares = products(

@@ -63,7 +63,7 @@ def products(x, at, stride, mask, w, r, some, centre, CENTRED: tl.constexpr, D: 
     whole head do not fit a thread's registers."""
     total = tl.zeros([at.shape[0], r.shape[0]], tl.float32)
     squares = tl.zeros([at.shape[0]], tl.float32)
-    for begin in tl.range(0, PADDED_D, BLOCK_D, num_stages=1):
+    for begin in tl.range(0, PADDED_D, BLOCK_D, num_stages=1, loop_unroll_factor=1):
         d = begin + tl.arange(0, BLOCK_D)
         inside = (d < D)[None, :]
         rows = tl.load(x + at[:, None] * stride + d[None, :], mask=mask[:, None] & inside, other=0.0)

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from kernels._triton.launch import Launch, Work
 from kernels._triton.paged_decode import LEAST_ROWS, MOST_ROWS, Queries
+from kernels._triton.primitives import LN_2, LOG2_E, power_of_two, precision_of
 from kernels._triton.targets import Target
 
 COLUMNS = 12
 """Of a row's table, int64: distances and head strides of bounds and of means (4), of k and its stride between
 positions (3), the first key that is read, the row's position, cells, candidates, pages with the own keys'."""
-ABOVE_ALL = 2.0
+_PAGES, _WIDTH = 32, 64
+"""Pages of a tile, and how much of their width goes into a step."""
 _CHOSEN_AT_ONCE = 4096
 """Numbers of a step of the choice, over the group's heads."""
 
@@ -65,22 +67,27 @@ def _page_logits_kernel(
     at = table + row * COLUMNS
     page = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     there = page < tl.load(at + 10)
-    d = tl.arange(0, BLOCK_D)
-    q_at = row * q_row + key_head * q_key_head + member.to(tl.int64) * q_head
-    query = tl.load(q + q_at[:, None] + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
-    query = query.to(tl.float32) * scale
+    q_at = (row * q_row + key_head * q_key_head + member.to(tl.int64) * q_head)[:, None]
     to = (row * num_heads + key_head * GROUP + member)[:, None] * num_pages + page[None, :]
     stored = own[:, None] & there[None, :]
-    read = there[:, None] & (d < D)[None, :]
-    mean_rows = kmean + tl.load(at + 2) + key_head * tl.load(at + 3)
-    mean = tl.load(mean_rows + page.to(tl.int64)[:, None] * D + d[None, :], mask=read, other=0.0)
-    tl.store(means + to, tl.dot(query, tl.trans(mean), input_precision="tf32x3") + log_page, mask=stored)
+    mean_rows = kmean + tl.load(at + 2) + key_head * tl.load(at + 3) + page.to(tl.int64)[:, None] * D
+    bound_rows = bounds + tl.load(at) + key_head * tl.load(at + 1) + page.to(tl.int64)[:, None] * (2 * D)
+    s = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    u = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for begin in tl.range(0, D, BLOCK_D):  # whole rows in fp32 and their tf32 parts would fill all registers
+        d = begin + tl.arange(0, BLOCK_D)
+        query = tl.load(q + q_at + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
+        query = query.to(tl.float32) * scale
+        read = there[:, None] & (d < D)[None, :]
+        mean = tl.load(mean_rows + d[None, :], mask=read, other=0.0)
+        s = tl.dot(query, tl.trans(mean), s, input_precision="tf32x3")
+        if BOUNDS:
+            most = tl.load(bound_rows + d[None, :], mask=read, other=0.0)
+            u = tl.dot(tl.where(query < 0, 0.0, query), tl.trans(most), u, input_precision="tf32x3")
+            least = tl.load(bound_rows + D + d[None, :], mask=read, other=0.0)
+            u = tl.dot(tl.where(query > 0, 0.0, query), tl.trans(least), u, input_precision="tf32x3")
+    tl.store(means + to, s + log_page, mask=stored)
     if BOUNDS:
-        rows = bounds + tl.load(at) + key_head * tl.load(at + 1)
-        most = tl.load(rows + page.to(tl.int64)[:, None] * (2 * D) + d[None, :], mask=read, other=0.0)
-        u = tl.dot(tl.where(query < 0, 0.0, query), tl.trans(most), input_precision="tf32x3")
-        least = tl.load(rows + page.to(tl.int64)[:, None] * (2 * D) + D + d[None, :], mask=read, other=0.0)
-        u += tl.dot(tl.where(query > 0, 0.0, query), tl.trans(least), input_precision="tf32x3")
         tl.store(upper + to, u, mask=stored)
         tl.store(broken + to, 1 - (tl.abs(u) < float("inf")).to(tl.int8), mask=stored)
 
@@ -136,7 +143,7 @@ def _series_kernel(
     m = tl.max(s, 2)
     base = tl.where(m == -float("inf"), 0.0, m)
     total = tl.sum(tl.exp2(s - base[:, :, None]), 2)
-    u = (m + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
+    u = (m + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2
     hurt = tl.max(tl.reshape(bad.to(tl.int32), [BLOCK_M, pages, CELLS]), 2)
     page = tl.program_id(0) * pages + tl.arange(0, pages)
     to = (row * num_heads + key_head * GROUP + member)[:, None] * num_pages + page[None, :]
@@ -150,7 +157,7 @@ def _finite_scores(upper, broken, base, g, page, stop, GROUP: tl.constexpr, JOIN
     """Scores [heads, pages] in base 2, -inf where they do not count; and what is not finite."""
     there = (g < GROUP)[:, None] & (page < stop)[None, :]
     at = base[:, None] + page[None, :]
-    u = tl.load(upper + at, mask=there, other=-float("inf")) * 1.4426950408889634
+    u = tl.load(upper + at, mask=there, other=-float("inf")) * LOG2_E
     bad = tl.load(broken + at, mask=there, other=0).to(tl.int32)
     if JOINT:
         u = tl.where((tl.max(bad, 0) > 0)[None, :], -float("inf"), u)
@@ -194,7 +201,7 @@ def _choose_kernel(
         hurt = tl.maximum(hurt, tl.max(bad, 1))
         m = peak
     lse = tl.where(l == 0.0, 0.0, m + tl.log2(tl.where(l == 0.0, 1.0, l)))
-    tl.store(every + heads, tl.where(hurt > 0, float("nan"), lse * 0.6931471805599453), mask=g < GROUP)
+    tl.store(every + heads, tl.where(hurt > 0, float("nan"), lse * LN_2), mask=g < GROUP)
 
     own_mass = mass + (row * num_key_heads + key_head) * num_pages
     for a in range(0, candidates, BLOCK_P):
@@ -245,13 +252,13 @@ def _choose_kernel(
         stays = (g < GROUP)[:, None] & (there & (take == 0))[None, :]
         s = (
             tl.load(means + base[:, None] + page[None, :], mask=stays, other=-float("inf"))
-            * 1.4426950408889634
+            * LOG2_E
         )
         peak = tl.maximum(m, tl.max(s, 1))
         zero = tl.where(peak == -float("inf"), 0.0, peak)
         l = l * tl.exp2(m - zero) + tl.sum(tl.exp2(s - zero[:, None]), 1)
         m = peak
-    told = (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453
+    told = (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * LN_2
     tl.store(left + heads, told, mask=g < GROUP)
 
 
@@ -320,7 +327,7 @@ def _query_args(q: Tensor) -> dict[str, Tensor | int | float]:
 def _query_tile(q: Tensor) -> tuple[int, int]:
     """Rows of a tile, and tiles of all heads."""
     group = q.shape[2]
-    block_m = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(group)))
+    block_m = min(MOST_ROWS, power_of_two(group, LEAST_ROWS))
     return block_m, q.shape[1] * -(-group // block_m)
 
 
@@ -339,12 +346,10 @@ def page_launch(
     """Logits of means, and bounds where those rank."""
     q = queries.q
     block_m, tiles = _query_tile(q)
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    block_p = 32 if block_d <= 128 else 16
     return Launch(
         "paged_choice_pages",
         _page_logits_kernel,
-        (-(-where.most_pages // block_p), tiles, q.shape[0]),
+        (-(-where.most_pages // _PAGES), tiles, q.shape[0]),
         {
             "q": q,
             "bounds": where.bounds,
@@ -361,9 +366,9 @@ def page_launch(
         {
             "GROUP": q.shape[2],
             "D": q.shape[3],
-            "BLOCK_D": block_d,
+            "BLOCK_D": min(_WIDTH, power_of_two(q.shape[3])),
             "BLOCK_M": block_m,
-            "BLOCK_P": block_p,
+            "BLOCK_P": _PAGES,
             "BOUNDS": scoring.step is None,
             "COLUMNS": COLUMNS,
         },
@@ -397,20 +402,20 @@ def series_launch(
             "table": where.table,
             "upper": upper,
             "broken": broken,
-            "scale_log2": scale * math.log2(math.e),
+            "scale_log2": float(scale * LOG2_E),
             "num_pages": where.most_pages,
             **_query_args(q),
         },
         {
             "GROUP": q.shape[2],
             "D": q.shape[3],
-            "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+            "BLOCK_D": power_of_two(q.shape[3]),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "STEP": step,
             "CELLS": cells,
             "ALIGN": where.align,
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+            "PRECISION": precision_of(q.dtype),
             "COLUMNS": COLUMNS,
         },
         num_warps=8 if q.dtype == torch.float32 and block_n > 32 else 4,
@@ -433,7 +438,7 @@ def choose_launch(
 ) -> Launch:
     """The choice of every row and key head."""
     q = queries.q
-    block_g = triton.next_power_of_2(q.shape[2])
+    block_g = power_of_two(q.shape[2], 1)
     return Launch(
         "paged_choice",
         _choose_kernel,

@@ -11,7 +11,6 @@ once for all of them. Memory bound: a step takes the time to read its keys and v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,9 +22,9 @@ from torch import Tensor
 from kernels._triton.launch import Launch, Work
 from kernels._triton.operands import SEQUENCE_COLUMNS, Keys
 from kernels._triton.paged_plan import ITEM_COLUMNS, PIECE_COLUMNS, DecodePlan
+from kernels._triton.primitives import LN_2, LOG2_E, power_of_two, precision_of
 from kernels._triton.targets import Target
 
-LOG2_E = math.log2(math.e)
 LEAST_ROWS, MOST_ROWS = 16, 32
 """Rows of a tile: what a matrix instruction takes at least, and what registers hold beside the values."""
 _MERGED = 16
@@ -129,7 +128,7 @@ def _attend_kernel(
     to = (row if SINGLE else item) * num_heads + head.to(tl.int64) * GROUP + member
     told = m + tl.log2(l)
     if SINGLE:
-        told = told * 0.6931471805599453
+        told = told * LN_2
     tl.store(lse + to, told, mask=own)
     there = own[:, None] & (dv < DV)[None, :]
     tl.store(out + to[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=there)
@@ -169,7 +168,7 @@ def _merge_kernel(
         m = peak
     l = tl.where(l == 0.0, 1.0, l)
     to = row * num_heads + head
-    tl.store(lse + to, (m + tl.log2(l)) * 0.6931471805599453)
+    tl.store(lse + to, (m + tl.log2(l)) * LN_2)
     tl.store(out + to * DV + dv, (acc / l).to(out.dtype.element_ty), mask=dv < DV)
 
 
@@ -201,7 +200,7 @@ def decode(
     """Every row over its runs and lists: out [rows, H, Dv] in ``queries.dtype`` and lse [rows, H] fp32. A row
     without keys gets 0 and -inf."""
     out, lse = _empty(queries, plan.num_rows, keys.value_dim, queries.dtype)
-    if plan.single:
+    if plan.single and pages is None:  # with pages a variant that only a crowd would ask for, and compile
         attend_launch(queries, keys, plan, scale, out, lse, pages, single=True).run()
         return out, lse
     parts, parts_lse = _empty(queries, len(plan.items), keys.value_dim, torch.float32)
@@ -234,7 +233,7 @@ def attend_launch(
     own_lists = pages is not None and pages.numbers.shape[1] != num_key_heads
     rows = 1 if own_lists else group
     per_key_head = group if own_lists else 1
-    block_m = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(rows)))
+    block_m = min(MOST_ROWS, power_of_two(rows, LEAST_ROWS))
     block_n = _keys_of_step(q.element_size(), max(keys.key_dim, keys.value_dim))
     grid = len(plan.items), num_key_heads * per_key_head * -(-rows // block_m)
     numbers = plan.items if pages is None else pages.numbers
@@ -265,14 +264,14 @@ def attend_launch(
             "HEADS_PER_KEY_HEAD": per_key_head,
             "D": keys.key_dim,
             "DV": keys.value_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(keys.key_dim)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(keys.value_dim)),
+            "BLOCK_D": power_of_two(keys.key_dim),
+            "BLOCK_DV": power_of_two(keys.value_dim),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "PAGE": 0 if pages is None else pages.size,
             "ALIGN": 16 // q.element_size() if keys.aligned else 1,
             "SINGLE": single,
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+            "PRECISION": precision_of(q.dtype),
             "COLUMNS": SEQUENCE_COLUMNS,
             "ITEM": ITEM_COLUMNS,
             "PIECE": PIECE_COLUMNS,
@@ -309,7 +308,7 @@ def merge_launch(parts: Tensor, parts_lse: Tensor, indptr: Tensor, out: Tensor, 
             "lse": lse,
             "num_heads": num_heads,
         },
-        {"DV": width, "BLOCK_DV": triton.next_power_of_2(width), "BLOCK_S": _MERGED},
+        {"DV": width, "BLOCK_DV": power_of_two(width), "BLOCK_S": _MERGED},
         num_warps=4 if width > 128 else 2,
         num_stages=2,
         multiplies=False,

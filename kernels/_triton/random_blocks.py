@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels._triton.block_sparse import Lists, Tiles, launch_on, tile_rows
 from kernels._triton.operands import keys_of_call
-from kernels._triton.spans import Bits, packed_bits
+from kernels._triton.spans import Bits, indptr_of, packed_bits
 from kernels._triton.targets import target_of
 from kernels.math.accumulate import Accumulator
 from kernels.math.cache import DRAWS
@@ -79,15 +79,15 @@ def _tables(
     weight = num_full[:, tiles[:, 3]] + num_masked
 
     def put(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(acc.q.device)
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(acc.q.device, non_blocking=True)
 
     lists = Lists(
         L,
-        full_indptr=put(_indptr(num_full)),
+        full_indptr=put(indptr_of(num_full)),
         full=put(np.stack([drawn[whole] * L, np.ones_like(drawn[whole])], 1)),
-        masked_indptr=put(_indptr(num_masked)) if len(masked) else None,
-        masked=put(masked) if len(masked) else None,
-        masks=put(masks) if len(masked) else None,
+        masked_indptr=put(indptr_of(num_masked)),
+        masked=put(masked),
+        masks=put(masks),
         order=put(np.argsort(-weight, axis=1, kind="stable")),
         whole=True,
     )
@@ -139,10 +139,3 @@ def _distinct(bits: Bits) -> tuple[Bits, Ints]:
     """Masks [n, rows, words], each once, and the number of each."""
     masks, number = np.unique(bits, axis=0, return_inverse=True)
     return masks, number.reshape(-1)
-
-
-def _indptr(num: Ints) -> Ints:
-    """Where lists begin and end [heads, lists + 1], head after head."""
-    ends = num.cumsum().reshape(num.shape)
-    begins = np.concatenate([[0], ends.flat[:-1]]).reshape(ends.shape)
-    return np.concatenate([begins, ends[:, -1:]], 1)

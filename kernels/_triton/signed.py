@@ -68,7 +68,8 @@ def block_features_kernel(
     k, v, directions, centre, bias, means, root, half, first_block,
     k_head, k_row, v_head, v_row, bias_head, mean_head,
     F: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
-    BF: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, BF: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """beta and m of one block, one key head and BF features."""
     block = (first_block + tl.program_id(0)).to(tl.int64)
@@ -78,7 +79,8 @@ def block_features_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     here = tl.full([BLOCK], 1, tl.int1)
     logs, squares = projected(
-        k + head * k_head, k_row, rows, here, directions + head * F * D, features, feature_mask,
+        k + head * tl.multiple_of(k_head.to(tl.int64), ALIGN), k_row, rows, here,
+        directions + head * F * D, features, feature_mask,
         centre + head * D, CENTRED, D, DIM, STEP, BLOCK, BF,
     )  # fmt: skip
     logs = logs * root - (squares * half)[:, None]
@@ -87,9 +89,8 @@ def block_features_kernel(
     weights = tl.exp2(logs - top[None, :])
     total = tl.sum(weights, 0)
     width = tl.arange(0, WIDTH)
-    values = tl.load(
-        v + head * v_head + rows[:, None] * v_row + width[None, :], mask=(width < DV)[None, :], other=0.0
-    )
+    v += head * tl.multiple_of(v_head.to(tl.int64), ALIGN)
+    values = tl.load(v + rows[:, None] * v_row + width[None, :], mask=(width < DV)[None, :], other=0.0)
     sums = tl.dot(tl.trans(weights).to(values.dtype), values, input_precision=PRECISION)
     at = block * F + features
     tl.store(bias + head * bias_head + at, top + tl.log2(total), mask=feature_mask)
@@ -158,22 +159,23 @@ def left_out_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_rows", "first_tile", "q_head"])
+@triton.jit(do_not_specialize=["num_tiles", "per_tile", "num_rows", "first_tile", "q_head"])
 def rows_kernel(
     q, directions, centre, bias, means, out, lse, dropped, borders,
-    root, half, shift_scale, log_features, num_tiles, num_rows, first_tile, group, q_head, q_row,
-    F: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CENTRED: tl.constexpr, PER_TILE: tl.constexpr,
+    root, half, shift_scale, log_features, num_tiles, per_tile, num_rows, first_tile, group, q_head, q_row,
+    F: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CENTRED: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of one query head over their tile's features, merged into out, lse and dropped."""
-    tile = first_tile + tl.program_id(0) // PER_TILE
+    tile = first_tile + tl.program_id(0) // per_tile
     head = tl.program_id(1).to(tl.int64)
     key_head = head // group
-    first = tl.load(borders + tile) + (tl.program_id(0) % PER_TILE) * BM
+    first = tl.load(borders + tile) + (tl.program_id(0) % per_tile) * BM
     rows = first + tl.arange(0, BM)
     row_mask = rows < tl.load(borders + tile + 1)
     own = key_head * num_tiles + (tile - first_tile)
+    q += head * tl.multiple_of(q_head.to(tl.int64), ALIGN)
     width = tl.arange(0, WIDTH)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -183,7 +185,7 @@ def rows_kernel(
         features = begin + tl.arange(0, BF)
         feature_mask = features < F
         logs, squares = projected(
-            q + head * q_head, q_row, rows.to(tl.int64), row_mask, directions + key_head * F * D, features,
+            q, q_row, rows.to(tl.int64), row_mask, directions + key_head * F * D, features,
             feature_mask, centre, False, D, DIM, STEP, BM, BF,
         )  # fmt: skip
         beta = tl.load(bias + own * F + features, mask=feature_mask, other=float("-inf"))
@@ -203,13 +205,13 @@ def rows_kernel(
     scale = -squares * half - log_features
     if CENTRED:
         scale += shift_scale * along(
-            q + head * q_head, q_row, rows.to(tl.int64), row_mask, centre + key_head * D, D, DIM, STEP, BM
+            q, q_row, rows.to(tl.int64), row_mask, centre + key_head * D, D, DIM, STEP, BM
         )
     lost = total == 0.0
     divisor = tl.where(lost, 1.0, total)
     part_lse = tl.where(lost, float("-inf"), (top + tl.log2(divisor) + scale) * _LN2)
     merge_rows(
-        sums / tl.where(lost, 1.0, total)[:, None], part_lse, out, lse, dropped,
+        sums / divisor[:, None], part_lse, out, lse, dropped,
         head * num_rows + rows.to(tl.int64), row_mask, width, DV,
     )  # fmt: skip
 
@@ -315,6 +317,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
+def alignment(*tensors: Tensor) -> int:
+    """Elements that the heads of tensors [heads, n, width] begin at a multiple of: 16 bytes of them, or 1."""
+    elements = 16 // max(tensor.element_size() for tensor in tensors)
+    return elements if all(tensor.stride(0) % elements == 0 for tensor in tensors) else 1
+
+
 def feature_tile(num_features: int, most: int = 64) -> int:
     return min(most, padded(num_features))
 
@@ -353,6 +361,7 @@ def block_features(k: Tensor, v: Tensor, fmap: Map, block: int, begin: int, into
         "STEP": min(32, padded(D)),
         "WIDTH": padded(Dv),
         "PRECISION": precision(v.dtype),
+        "ALIGN": alignment(k, v),
     }
     keys = num * block * Hk
     return Launch(
@@ -446,6 +455,7 @@ def rows_over_sums(
         "shift_scale": fmap.scale * LOG2E,
         "log_features": math.log2(F),
         "num_tiles": tiles.count,
+        "per_tile": per_tile,
         "num_rows": N,
         "first_tile": first_tile,
         "group": H // Hk,
@@ -457,7 +467,7 @@ def rows_over_sums(
         "D": D,
         "DV": Dv,
         "CENTRED": fmap.centre is not None,
-        "PER_TILE": per_tile,
+        "ALIGN": alignment(rows.q),
         "BM": BM,
         "BF": feature_tile(F, 16 if wide and padded(Dv) > 64 else 32 if wide else 64),
         "DIM": padded(D),
@@ -473,7 +483,7 @@ def rows_over_sums(
         constants,
         num_warps=8 if BM == 64 and (wide or padded(Dv) > 64) else 4,
         num_stages=1 if wide else 2,
-        sizes=frozenset({"num_tiles", "num_rows", "first_tile", "q_head"}),
+        sizes=frozenset({"num_tiles", "per_tile", "num_rows", "first_tile", "q_head"}),
         work=Work(
             2.0 * H * N * F * (D + Dv),
             float(H * N * F),

@@ -62,7 +62,7 @@ def merge_outside(acc: Accumulator, features: Features, part: Part, first: int) 
     """Join a part without its shift to the rows from ``first`` on; what it carries of each row,
     [B, Hk, G, N]."""
     dropped = torch.zeros_like(acc.lse)
-    centre = None if features.centre is None else features.centre[:, :, 0]
+    centre = None if features.centre is None else features.centre[:, :, 0].contiguous()
     rows, lse = (x.flatten(1, 2).contiguous() for x in (part.numerator, part.log_scale))
     out, out_lse, share = (x.flatten(1, 2) for x in (acc.out, acc.lse, dropped))
     q, scale = acc.q.flatten(1, 2), features.map.scale

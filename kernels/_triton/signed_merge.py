@@ -83,7 +83,7 @@ def merge_part(
             "out": out,
             "lse": lse,
             "dropped": dropped,
-            "shift_scale": scale,
+            "shift_scale": float(scale),
             "num_rows": N,
             "first": first,
             "num_heads": H,

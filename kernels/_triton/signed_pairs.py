@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.launch import Launch, Work
-from kernels._triton.signed import LOG2E, Exact, feature_tile, padded, precision
+from kernels._triton.signed import LOG2E, Exact, alignment, feature_tile, padded, precision
 from kernels._triton.targets import Target
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -98,29 +98,31 @@ def products(
 
 @triton.jit(
     do_not_specialize=[
-        "num_tiles", "num_rows", "first_row", "num_listed", "num_keys", "start", "stop",
+        "num_tiles", "per_tile", "num_rows", "first_row", "num_listed", "num_keys", "start", "stop",
         "q_head", "k_head", "v_head", "keep_head", "keep_row",
     ]
 )  # fmt: skip
 def pairs_kernel(
     q, k, v, row_logs, key_logs, shift, keep, listed, counts, borders, out, lse, dropped, scale,
-    num_tiles, num_rows, first_row, num_listed, num_keys, start, stop, group,
+    num_tiles, per_tile, num_rows, first_row, num_listed, num_keys, start, stop, group,
     q_head, q_row, k_head, k_row, v_head, v_row, keep_head, keep_row,
-    F: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, PER_TILE: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, DIM: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, ESTIMATE: tl.constexpr,
 ):  # fmt: skip
     """Rows of one query head over the blocks that their tile lists; fills out, lse and dropped. ``row_logs``,
     ``shift`` and ``keep`` begin at the call's row ``first_row``."""
-    tile = tl.program_id(0) // PER_TILE
+    tile = tl.program_id(0) // per_tile
     head = tl.program_id(1).to(tl.int64)
     key_head = head // group
-    rows = tl.load(borders + tile) + (tl.program_id(0) % PER_TILE) * BM + tl.arange(0, BM)
+    rows = tl.load(borders + tile) + (tl.program_id(0) % per_tile) * BM + tl.arange(0, BM)
     row_mask = rows < tl.load(borders + tile + 1)
     local = (rows - first_row).to(tl.int64)
     num_local = tl.load(borders + num_tiles) - first_row
     dims, width = tl.arange(0, DIM), tl.arange(0, WIDTH)
-    own_rows = q + head * q_head + rows.to(tl.int64) * q_row
+    k += key_head * tl.multiple_of(k_head.to(tl.int64), ALIGN)
+    v += key_head * tl.multiple_of(v_head.to(tl.int64), ALIGN)
+    own_rows = q + head * tl.multiple_of(q_head.to(tl.int64), ALIGN) + rows.to(tl.int64) * q_row
     if STEP == DIM:
         queries = tl.load(
             own_rows[:, None] + dims[None, :], mask=row_mask[:, None] & (dims < D)[None, :], other=0.0
@@ -137,7 +139,7 @@ def pairs_kernel(
         j = block * BLOCK + (at % (BLOCK // BN)) * BN + tl.arange(0, BN)
         key_mask = j < stop
         places = j.to(tl.int64)
-        own_keys = k + key_head * k_head + places * k_row
+        own_keys = k + places * k_row
         if STEP == DIM:
             keys = tl.load(
                 own_keys[:, None] + dims[None, :], mask=key_mask[:, None] & (dims < D)[None, :], other=0.0
@@ -165,7 +167,7 @@ def pairs_kernel(
         total = total * decay + tl.sum(weights, 1)
         share = share * decay + tl.sum(tl.where(kept, 0.0, weights), 1)
         values = tl.load(
-            v + key_head * v_head + places[:, None] * v_row + width[None, :],
+            v + places[:, None] * v_row + width[None, :],
             mask=key_mask[:, None] & (width < DV)[None, :],
             other=0.0,
         )
@@ -233,6 +235,7 @@ def pairs(rows: Exact, text: Text, some: Stretch) -> Launch:
     per_tile = -(-some.tallest // BM)
     sizes = {
         "num_tiles": T,
+        "per_tile": per_tile,
         "num_rows": N,
         "first_row": some.first_row,
         "num_listed": some.listed.shape[-1],
@@ -277,7 +280,7 @@ def pairs(rows: Exact, text: Text, some: Stretch) -> Launch:
         "D": D,
         "DV": Dv,
         "CAUSAL": text.causal,
-        "PER_TILE": per_tile,
+        "ALIGN": alignment(rows.q, text.k, text.v),
         "BLOCK": text.block,
         "BM": BM,
         "BN": BN,

@@ -37,7 +37,10 @@ _MASK_WEIGHT = 1.5
 @dataclass(frozen=True)
 class HostPlan:
     """Tiles of one sequence: ``first`` row and ``num`` rows [T]; ``ranges`` [T, 2]; full entries [nnz, 2] and
-    masked ones [nnz, 3], tile after tile, with their numbers per tile; pairs per head."""
+    masked ones [nnz, 3], tile after tile, with their numbers per tile; pairs per head.
+
+    ``may_range`` and ``may_list``: whether the pattern has ranges, or full entries, at some length. The
+    kernel's loops go by these, so that no length compiles a variant of its own."""
 
     rows: int
     step: int
@@ -52,6 +55,8 @@ class HostPlan:
     masks: Bits
     kept: int
     computed: int
+    may_range: bool
+    may_list: bool
 
     @property
     def nbytes(self) -> int:
@@ -302,6 +307,10 @@ class _Series:
     def of(cls, span: Span, rows: Ints) -> _Series:
         return cls(span.lo, span.hi, rows if span.hole else None, span.first, span.step)
 
+    def is_dense(self) -> bool:
+        """Whether its keys follow each other, the same in all tiles."""
+        return self.step == 1 and isinstance(self.first, int)
+
     def kept(self) -> int:
         width = np.maximum(self.hi - self.lo, 0)
         if self.own is None:
@@ -378,6 +387,8 @@ def _plan(
         masks,
         sum(one.kept() for one in series),
         int((num_cells * (r1 - r0)).sum()) * block,
+        any(one.is_dense() for one in series),
+        len(series) > 1 or not series[0].is_dense() or series[0].own is not None,
     )
 
 
@@ -410,7 +421,7 @@ def _cells(series: _Series, r0: Ints, r1: Ints, height: int, block: int) -> _Cel
 
 def _ranged(cells: Sequence[_Cells]) -> int | None:
     """The series whose first stretches of full cells go by as ranges: the longest of every key."""
-    dense = [n for n, one in enumerate(cells) if one.series.step == 1 and isinstance(one.series.first, int)]
+    dense = [n for n, one in enumerate(cells) if one.series.is_dense()]
     best = max(dense, key=lambda n: cells[n].num_first(), default=None)
     return best if best is not None and cells[best].num_first() else None
 
@@ -494,20 +505,20 @@ def _on_device(plans: Sequence[HostPlan], places: Sequence[Place], device: torch
     )
     ranges = np.concatenate([plan.ranges for plan in plans])
     weight = (ranges[:, 1] - ranges[:, 0]) / plans[0].block + num_full + _MASK_WEIGHT * num_masked
-    some_full, some_masked = bool(num_full.any()), bool(num_masked.any())
+    may_range, may_list = any(plan.may_range for plan in plans), any(plan.may_list for plan in plans)
 
     def put(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device, non_blocking=True)
 
     lists = Lists(
         plans[0].block,
-        ranges=put(ranges) if ranges.any() else None,
-        full_indptr=put(_indptr(num_full)) if some_full else None,
-        full=put(np.concatenate([plan.full for plan in plans])) if some_full else None,
-        masked_indptr=put(_indptr(num_masked)) if some_masked else None,
-        masked=put(np.concatenate(masked)) if some_masked else None,
-        masks=put(np.concatenate([_padded(plan.masks, height) for plan in plans])) if some_masked else None,
-        order=put(np.argsort(-weight, kind="stable")[None]) if len(weight) > 1 else None,
+        ranges=put(ranges) if may_range else None,
+        full_indptr=put(indptr_of(num_full[None])) if may_list else None,
+        full=put(np.concatenate([plan.full for plan in plans])) if may_list else None,
+        masked_indptr=put(indptr_of(num_masked[None])),
+        masked=put(np.concatenate(masked)),
+        masks=put(np.concatenate([_padded(plan.masks, height) for plan in plans])),
+        order=put(np.argsort(-weight, kind="stable")[None]),
         whole=True,
     )
     return SpanTables(
@@ -518,8 +529,11 @@ def _on_device(plans: Sequence[HostPlan], places: Sequence[Place], device: torch
     )
 
 
-def _indptr(num: Ints) -> Ints:
-    return np.concatenate([[0], np.cumsum(num)])[None]
+def indptr_of(num: Ints) -> Ints:
+    """Where lists of ``num`` [heads, lists] entries begin and end [heads, lists + 1], head after head."""
+    ends = num.cumsum().reshape(num.shape)
+    begins = np.concatenate([[0], ends.flat[:-1]]).reshape(ends.shape)
+    return np.concatenate([begins, ends[:, -1:]], 1)
 
 
 def _padded(masks: Bits, height: int) -> Bits:

@@ -50,8 +50,8 @@ def interpreting() -> bool:
 
 
 def target_of(device: torch.device) -> Target:
-    """The chip of a CUDA device, as the nearest of ``TARGETS`` that is not newer than it; sm_90's tiles in
-    the interpreter."""
+    """The chip of a CUDA device, as the nearest of ``TARGETS`` that is not newer than it and multiplies with
+    the same instructions; sm_90's tiles in the interpreter."""
     if device.type != "cuda":
         return TARGETS[90]
     return _target_of(device.index if device.index is not None else torch.cuda.current_device())
@@ -59,6 +59,12 @@ def target_of(device: torch.device) -> Target:
 
 @cache
 def _target_of(index: int) -> Target:
-    major, minor = torch.cuda.get_device_capability(index)
-    older = [capability for capability in TARGETS if capability <= 10 * major + minor]
-    return TARGETS[max(older, default=80)]
+    return nearest(*torch.cuda.get_device_capability(index))
+
+
+def nearest(major: int, minor: int) -> Target:
+    """The target for a compute capability. From sm_120 on, consumers' chips have sm_80's instructions and
+    less shared memory than sm_90's tiles may take."""
+    capability = 10 * major + minor
+    older = [known for known in TARGETS if known <= capability]
+    return TARGETS[80 if capability >= 120 else max(older, default=80)]

@@ -268,7 +268,7 @@ def rest_launch(
             "NQ": rest.shape[2],
             "BLOCK_Q": power_of_two(rest.shape[2]),
         },
-        num_warps=_warps(acc),
+        num_warps=8,
         sizes=frozenset({"room", "num_blocks", "scale"}),
         notes={"block": block},
     )

@@ -36,7 +36,7 @@ def test_a_description_is_plain_and_its_schema_accepts_its_defaults(name: str) -
     assert told["name"] == name and told["summary"] and told["paper"] and told["conditions"]
     jsonschema.Draft202012Validator.check_schema(told["params_schema"])
     jsonschema.validate(told["defaults"], told["params_schema"])
-    assert told["capabilities"]["impls"] == ["reference", "torch"]
+    assert told["capabilities"]["impls"] == ["reference", "torch", "triton"]
     assert told["capabilities"]["selection"] == SELECTIONS.get(name, "none")
     assert (load(name).select is not None) == (name in SELECTING and name != "vertical_slash")
     assert told["capabilities"]["random"] == (name in RANDOM)
@@ -218,9 +218,23 @@ def test_bad_calls_say_what_was_expected(changes: dict[str, Any], message: str) 
 
 
 def test_an_impl_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(Unsupported, match="has no impl 'triton', only reference, torch") as caught:
-        call(impl="triton")
+    with pytest.raises(Unsupported, match="has no impl 'cuda', only reference, torch, triton") as caught:
+        call(impl="cuda")
     assert caught.value.backend == "window" and len(caught.value.reasons) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_triton_is_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    wide = torch.zeros(1, 1, 2, 300, dtype=torch.float64)
+    options: dict[str, Any] = {"causal": True, "scale": 1.0}
+    with pytest.raises(Unsupported) as caught:
+        attend(wide, wide, wide, backend="window", impl="triton", **options)
+    words = ("CUDA device", "float64", "at most 256, got 300")
+    assert len(caught.value.reasons) == len(words)
+    for reason, word in zip(caught.value.reasons, words, strict=True):
+        assert word in reason
+    assert attend(wide, wide, wide, backend="window", **options).stats.impl == "torch", "what suits the device"
 
 
 def test_unsupported_tells_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:

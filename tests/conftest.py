@@ -1,4 +1,5 @@
-"""Without a GPU kernels run in Triton's interpreter, which the environment decides before any is imported."""
+"""Without a GPU Triton's kernels run in its interpreter: decided by the environment before anything imports
+Triton."""
 
 from __future__ import annotations
 
