@@ -253,7 +253,7 @@ class _Packed:
         first, last = places[0], places[-1]
         if list(places) == list(range(first, last + 1)):
             return slice(first, last + 1)
-        return torch.tensor(places, device=self.q.device)
+        return torch.tensor(places).to(self.q.device, non_blocking=True)
 
 
 def _own_call(call: Call, segment: Segment) -> Call:

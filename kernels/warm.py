@@ -17,9 +17,12 @@ from kernels.api import attend_packed, chosen_impl
 from kernels.contract import Segment, Unsupported
 from kernels.registry import load
 
-ROWS = 640
-"""Of a prompt: more than one query tile of every default, and a last one that is not full."""
+ROWS = 650
+"""Of a prompt: more than one query tile of every default, and a last one, and a last block, that are not
+full."""
 CHUNK_ROWS = 192
+FEW_KEYS = 64
+"""What one program reads at once in a decode step: rows over longer ones are merged of parts."""
 NUM_SEQUENCES = 3
 
 
@@ -47,7 +50,7 @@ def warm(name: str, shape: HeadShape, *, learned: object | None = None) -> None:
     causal, a decode step of many. What it cannot do for such a shape is left out."""
     calls = [(ROWS, 0, 1), (CHUNK_ROWS, 0, NUM_SEQUENCES)]
     if shape.causal:
-        calls += [(CHUNK_ROWS, ROWS, 1), (1, ROWS, 1), (1, ROWS, NUM_SEQUENCES)]
+        calls += [(CHUNK_ROWS, ROWS, 1), (1, ROWS, 1), (1, ROWS, NUM_SEQUENCES), (1, FEW_KEYS, NUM_SEQUENCES)]
     for rows, before, num_sequences in calls:
         _run(name, shape, rows, before, num_sequences, learned)
 

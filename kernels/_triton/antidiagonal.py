@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.launch import Launch, Work
-from kernels._triton.primitives import LOG2_E, precision_of
+from kernels._triton.primitives import LOG2_E, power_of_two, precision_of
 from kernels._triton.targets import Target, target_of
 
 BROKEN = tl.constexpr(1)
@@ -273,6 +273,7 @@ def mean_items(q: Tensor, k: Tensor, height: int, start: int, num_keys: int, cau
 def mean_rows(q: Tensor, means: Tensor, height: int, start: int, first: int) -> Launch:
     """q [H, N, D] -> means [parts, H, items, D], which add up to the mean of each item's rows."""
     parts, num_heads, num, D = means.shape
+    width = power_of_two(D)
     return Launch(
         kernel="mean_rows",
         fn=mean_rows_kernel,
@@ -288,8 +289,8 @@ def mean_rows(q: Tensor, means: Tensor, height: int, start: int, first: int) -> 
             "num_rows": q.shape[1],
             "first_item": first,
         },
-        constants={"D": D, "ROWS": height, "PARTS": parts, "BLOCK_D": triton.next_power_of_2(D)},
-        num_warps=4,
+        constants={"D": D, "ROWS": height, "PARTS": parts, "BLOCK_D": width},
+        num_warps=4 if height * width <= 16384 else 8,
         num_stages=1,
         sizes=frozenset({"start", "num_rows", "first_item", "out_part", "out_head"}),
         multiplies=False,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels._triton.targets import interpreting
+from kernels._triton.targets import TARGETS, interpreting
 
 MIN_CAPABILITY = 80
 MAX_HEAD_DIM = 256
+MIN_SHARED_BYTES = TARGETS[MIN_CAPABILITY].shared_bytes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +59,13 @@ def _why_not_chip(index: int) -> list[str]:
     major, minor = torch.cuda.get_device_capability(index)
     if 10 * major + minor < MIN_CAPABILITY:
         return [f"impl 'triton' needs compute capability 8.0 or later, this device has {major}.{minor}"]
+    chip: Any = torch.cuda.get_device_properties(index)  # torch's types do not know the name
+    shared: int = chip.shared_memory_per_block_optin
+    if shared < MIN_SHARED_BYTES:
+        return [
+            f"impl 'triton' has tiles for chips with {MIN_SHARED_BYTES:,} bytes of shared memory a block "
+            f"(A100, H100, B200), this device has {shared:,}"
+        ]
     return []
 
 

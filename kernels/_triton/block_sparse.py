@@ -276,9 +276,7 @@ def _strides(q: Tensor, out: Tensor, lse: Tensor, B: int) -> dict[str, int]:
     return strides
 
 
-SIZES = frozenset(
-    ("lse_b", "lse_k", "lse_g", "lse_n", "full_head", "masked_head", "order_head", "row_step")
-)
+SIZES = frozenset(("lse_b", "lse_k", "lse_g", "lse_n", "full_head", "masked_head", "order_head", "row_step"))
 
 
 @triton.jit(do_not_specialize=sorted(SIZES))

@@ -42,21 +42,13 @@ from kernels.math.accumulate import Accumulator, accumulator
 from kernels.math.buckets import Codes, Reach
 
 EXAMPLE_TOKENS = 16384
-_SIZES = ("num_slots", "num_keys", "num_tiles", "start", "round_number", "window", "scale", "sign")
+_SIZES = (
+    "num_slots", "num_keys", "num_tiles", "start", "round_number", "window", "scale", "sign", "lse_b",
+    "lse_h", "lse_g",
+)  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_slots",
-        "num_keys",
-        "num_tiles",
-        "start",
-        "round_number",
-        "window",
-        "scale",
-        "sign",
-    ]
-)
+@triton.jit(do_not_specialize=_SIZES)
 def bucketed_softmax(
     q, k, v, out, lse, kept, walked, order, place, lo, hi, perm, tiles, broken,
     q_b, q_h, q_g, q_n, k_b, k_h, k_m, v_b, v_h, v_m, out_b, out_h, out_g, out_n, lse_b, lse_h, lse_g, lse_n,
@@ -246,9 +238,7 @@ def round_launches(
             },
             tile.num_warps,
             tile.num_stages,
-            frozenset(
-                {"num_slots", "num_keys", "num_tiles", "start", "round_number", "window", "scale", "sign"}
-            ),
+            frozenset(_SIZES),
             notes={
                 "earlier": r if plan.tables > 1 else 0,
                 "causal": int(acc.call.causal),

@@ -32,7 +32,8 @@ POINTS = 32
 POINT_ROWS = 4
 PAIR_WORDS = 4
 PAIR_ROWS = 8
-LISTED_WORDS = 32
+LISTED_WORDS = 64
+COUNTED_BLOCKS = 32
 INTERPRETED_ROWS = 32
 NUM_WARPS = 4
 
@@ -176,13 +177,16 @@ def decide_pairs(
 
 @triton.jit(do_not_specialize=["blocks"])
 def count_bits(
-    bits, of_rows, of_blocks, blocks, TILE_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr
+    bits, of_rows, of_blocks, blocks,
+    TILE_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Bits per row int32 [tiles, rows], and per block int32 [tiles, blocks]."""
+    """Bits per block int32 [tiles, blocks], and per row int32 [tiles, rows], added to what is there: BLOCKS
+    blocks of a tile at a time."""
     tile = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * BLOCKS
     row = tl.arange(0, TILE_ROWS)
     count = tl.full([TILE_ROWS], 0, tl.int32)
-    for block in range(blocks):
+    for block in range(begin, tl.minimum(begin + BLOCKS, blocks)):
         inside = tl.full([TILE_ROWS], 0, tl.int32)
         for first in range(0, BLOCK_WORDS, WORDS):
             word = first + tl.arange(0, WORDS)
@@ -195,7 +199,7 @@ def count_bits(
             inside += tl.sum((x + (x >> 16)) & 0x3F, 1)
         tl.store(of_blocks + tile * blocks + block, tl.sum(inside, 0))
         count += inside
-    tl.store(of_rows + tile * TILE_ROWS + row, count)
+    tl.atomic_add(of_rows + tile * TILE_ROWS + row, count, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -293,12 +297,13 @@ def pairs_launch(
 
 
 def count_launch(bits: Tensor, layout: Layout, of_rows: Tensor, of_blocks: Tensor) -> Launch:
+    """``of_rows`` must be 0: sums of whole numbers, whose order does not matter."""
     return Launch(
         kernel="count_bits",
         fn=count_bits,
-        grid=(len(bits),),
+        grid=(len(bits), -(-layout.blocks // COUNTED_BLOCKS)),
         args={"bits": bits, "of_rows": of_rows, "of_blocks": of_blocks, "blocks": layout.blocks},
-        constants=_shape(layout),
+        constants=_shape(layout) | {"BLOCKS": COUNTED_BLOCKS},
         num_warps=NUM_WARPS,
         num_stages=1,
         sizes=frozenset({"blocks"}),
@@ -327,8 +332,8 @@ def bit_examples(num_rows: int) -> Iterator[Launch]:
     C, M = 128, num_rows
     floats = torch.empty(M, C, dtype=torch.float64, device="meta")
     words, longs = (torch.empty(M, dtype=dtype, device="meta") for dtype in (torch.int32, torch.int64))
-    layout, row = Layout(128, 2, M // 64), Layout(1, 32, M // 1024)
-    bits, row_bits = words.new_empty(M // 128, M // 64, 128, 2), words.new_empty(32, M // 1024, 1, 32)
+    layout, row = Layout(128, 2, M // 64), Layout(1, 128, M // 4096)
+    bits, row_bits = words.new_empty(M // 128, M // 64, 128, 2), words.new_empty(32, M // 4096, 1, 128)
     sums, upto = floats.new_empty(C, M + 1), floats.new_empty(M, C + 1)
     yield points_launch(bits, layout, PointTables(longs, words, upto, floats, sums, None, False), M)
     blocks, members = floats.new_empty(32, C, M // 64 + 1), words.new_empty(32, C, M, dtype=torch.float32)

@@ -35,7 +35,7 @@ BLOCK = 64
 BITS_AT_ONCE = 1 << 24
 """Words of bits held at once: a head's, or those of some of its rows."""
 CHANCES_AT_ONCE = 1 << 24
-ROW_WORDS = 32
+ROW_WORDS = 128
 ROW_SPLITS = 16
 """Programs that locate the points of one row; each draws all of them, which costs little."""
 
@@ -138,7 +138,7 @@ def _attend_bits(
 ) -> Tensor:
     """The softmax over one head's bits -> pairs int64 [3]: kept, computed from lists, computed in blocks."""
     tiles, device = len(bits), bits.device
-    of_rows = torch.empty(tiles, layout.rows, dtype=torch.int32, device=device)
+    of_rows = torch.zeros(tiles, layout.rows, dtype=torch.int32, device=device)
     of_blocks = torch.empty(tiles, layout.blocks, dtype=torch.int32, device=device)
     count_launch(bits, layout, of_rows, of_blocks).run()
     listed = of_blocks.sum(1) * LISTED_SHARE < layout.rows * num_keys
@@ -202,7 +202,7 @@ def _add_row(part: EdgePart, b: int) -> Tensor:
             part.flops += 2 * members.numel()
             chances, one = r[head : head + 1] @ members, slice(head, head + 1)
             pairs_launch(bits[one], layout, streams[one], chances, 0, acc.call.start, causal=False).run()
-    of_rows = torch.empty(heads, 1, dtype=torch.int32, device=bits.device)
+    of_rows = torch.zeros(heads, 1, dtype=torch.int32, device=bits.device)
     of_blocks = torch.empty(heads, layout.blocks, dtype=torch.int32, device=bits.device)
     count_launch(bits, layout, of_rows, of_blocks).run()
     counts = of_rows.flatten()

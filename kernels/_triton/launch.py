@@ -80,7 +80,7 @@ class Launch:
                 **self.constants,
                 num_warps=self.num_warps,
                 num_stages=self.num_stages,
-                enable_fp_fusion=True,  # as the compile report has it; Triton's own default is about to change
+                enable_fp_fusion=True,  # as the compile report has it; Triton's default is about to change
             )
 
     def signature(self) -> dict[str, str]:

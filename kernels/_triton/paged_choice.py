@@ -23,13 +23,13 @@ from torch import Tensor
 
 from kernels._triton.launch import Launch, Work
 from kernels._triton.paged_decode import LEAST_ROWS, MOST_ROWS, Queries
-from kernels._triton.primitives import LN_2, LOG2_E, power_of_two, precision_of
+from kernels._triton.primitives import LN_2, LOG2_E, PER_LN_2, power_of_two, precision_of
 from kernels._triton.targets import Target
 
 COLUMNS = 12
 """Of a row's table, int64: distances and head strides of bounds and of means (4), of k and its stride between
 positions (3), the first key that is read, the row's position, cells, candidates, pages with the own keys'."""
-_PAGES, _WIDTH = 32, 64
+_PAGES, _WIDTH = 32, 32
 """Pages of a tile, and how much of their width goes into a step."""
 _CHOSEN_AT_ONCE = 4096
 """Numbers of a step of the choice, over the group's heads."""
@@ -157,7 +157,7 @@ def _finite_scores(upper, broken, base, g, page, stop, GROUP: tl.constexpr, JOIN
     """Scores [heads, pages] in base 2, -inf where they do not count; and what is not finite."""
     there = (g < GROUP)[:, None] & (page < stop)[None, :]
     at = base[:, None] + page[None, :]
-    u = tl.load(upper + at, mask=there, other=-float("inf")) * LOG2_E
+    u = tl.load(upper + at, mask=there, other=-float("inf")) * PER_LN_2
     bad = tl.load(broken + at, mask=there, other=0).to(tl.int32)
     if JOINT:
         u = tl.where((tl.max(bad, 0) > 0)[None, :], -float("inf"), u)
@@ -250,10 +250,7 @@ def _choose_kernel(
         written += tl.sum(taken, 0)
         met += tl.sum(same, 0)
         stays = (g < GROUP)[:, None] & (there & (take == 0))[None, :]
-        s = (
-            tl.load(means + base[:, None] + page[None, :], mask=stays, other=-float("inf"))
-            * LOG2_E
-        )
+        s = tl.load(means + base[:, None] + page[None, :], mask=stays, other=-float("inf")) * PER_LN_2
         peak = tl.maximum(m, tl.max(s, 1))
         zero = tl.where(peak == -float("inf"), 0.0, peak)
         l = l * tl.exp2(m - zero) + tl.sum(tl.exp2(s - zero[:, None]), 1)

@@ -16,6 +16,8 @@ import triton.language as tl
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
+PER_LN_2 = tl.constexpr(LOG2_E)
+"""``LOG2_E`` for kernels, which see no plain numbers from outside."""
 
 
 def power_of_two(number: int, least: int = 16) -> int:

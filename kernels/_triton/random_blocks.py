@@ -79,7 +79,8 @@ def _tables(
     weight = num_full[:, tiles[:, 3]] + num_masked
 
     def put(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(acc.q.device, non_blocking=True)
+        told = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
+        return told.to(acc.q.device, non_blocking=True)
 
     lists = Lists(
         L,

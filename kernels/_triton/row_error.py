@@ -16,7 +16,6 @@ R rows, S splits, E model width; other letters as in ``kernels.contract``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,10 +26,9 @@ from torch import Tensor
 
 from kernels._triton.launch import Launch, Work
 from kernels._triton.operands import ALIGNED_BYTES
+from kernels._triton.primitives import LN_2, LOG2_E, PER_LN_2, power_of_two
 from kernels._triton.targets import Target, target_of
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 MIN_TILE, MIN_TILE_FP32 = 64, 32
 """Rows and query heads of a tile: what one warp group multiplies at a time; in fp32, which is multiplied in
 three parts, what its registers hold."""
@@ -176,7 +174,7 @@ def _row_merge(
     at = row
     for _ in range(num_splits):
         part = tl.load(lses + at, mask=live, other=float("-inf"))
-        weight = tl.exp2((part - shift) * LOG2_E)
+        weight = tl.exp2((part - shift) * PER_LN_2)
         total += weight
         if VALUES:
             seen = (live & (part != float("-inf")))[:, None] & (dv < DV)[None, :]
@@ -275,7 +273,7 @@ def softmax_launch(
     B, H, _, D = q.shape
     Hk, M = k.shape[1:3]
     R, values, widest = table.shape[1], k if v is None else v, max(D, D if v is None else v.shape[-1])
-    group = triton.next_power_of_2(H // Hk)
+    group = power_of_two(H // Hk, 1)
     wide = max(q.element_size(), values.element_size())
     block_m = max(MIN_TILE_FP32 if wide == 4 else MIN_TILE, group)
     block_n, num_warps, num_stages = _tile(target, wide, widest)
@@ -297,7 +295,7 @@ def softmax_launch(
             "out": out,
             "lse": q.new_empty((S, B, H, R), dtype=torch.float32),
             **sizes,
-            "log2_scale": scale * math.log2(math.e),
+            "log2_scale": float(scale * LOG2_E),
         },
         constants={
             "HK": Hk,
@@ -305,8 +303,8 @@ def softmax_launch(
             "GROUP": group,
             "D": D,
             "DV": values.shape[-1],
-            "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(values.shape[-1])),
+            "BLOCK_D": power_of_two(D),
+            "BLOCK_DV": power_of_two(values.shape[-1]),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "CAUSAL": causal,
@@ -339,7 +337,7 @@ def merge_launch(parts: Tensor, lses: Tensor, *, values: bool) -> Launch:
         },
         constants={
             "DV": Dv,
-            "BLOCK_DV": triton.next_power_of_2(Dv),
+            "BLOCK_DV": power_of_two(Dv, 1),
             "BLOCK_R": MERGED_ROWS,
             "VALUES": values,
         },

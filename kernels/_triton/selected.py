@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton.antidiagonal import Items, antidiagonal_items, mean_items
-from kernels._triton.block_sparse import Lists, Tiles, launch_on, rows_for, tiles_of
+from kernels._triton.block_sparse import Lists, Table, Tiles, launch_on, rows_for, tiles_of
 from kernels._triton.operands import keys_of_call
 from kernels._triton.selected_means import Task, gate_of, over_means
 from kernels._triton.selected_rows import RowTiles, row_tiles
@@ -121,7 +121,7 @@ def selected_attention(
     keep = _per_head(params.keep(call.layer, k.shape[1]), k.shape[1])
     add_tables(acc, tables_for(acc, tiles.own_keys()))
     dropped, kept = torch.zeros_like(acc.lse), []
-    candidates = tiles.candidates().sum(-1)
+    candidates = tiles.num_candidates()
     if int(candidates.max()) > 0:
         for b in range(len(q)):
             rows = acc.out[b].flatten(0, 1), acc.lse[b].flatten(0, 1)
@@ -241,18 +241,11 @@ class _Selection:
         return (self.counts * heights).sum() * tiles.block * self.one.group
 
 
-@dataclass(frozen=True)
-class _Table:
-    tensor: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-
 def _on_device(borders: tuple[int, ...], device: torch.device) -> Tensor:
-    key = ("borders", borders, device)
-    return PLANS.get(key, lambda: _Table(torch.tensor(borders, dtype=torch.int32, device=device))).tensor
+    def build() -> Table:
+        return Table(torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True))
+
+    return PLANS.get(("borders", borders, device), build).tensor
 
 
 def _longest_first(counts: Tensor, tiles: Tiles) -> Tensor:

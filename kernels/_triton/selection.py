@@ -583,7 +583,7 @@ def examples(target: Target, dtype: torch.dtype, head_dim: int) -> Iterable[Laun
     yield item_totals(items, sums, top, top, None, 0, L)
     yield tile_shares(items, tiles, sums, top, top, mass, 0, 0)
     for rule in ("budget", "mass", "all"):
-        yield choose(mass, amounts, table, counts, tiles, N, rule, True)
+        yield choose(None if rule == "all" else mass, amounts, table, counts, tiles, N, rule, True)
     yield fill(table, indptr, empty(Hk * N // T * 16, 2, dtype=torch.int32), L)
     yield from selected_means.examples(target, dtype, head_dim)
     yield from selected_skip.examples(target, dtype, head_dim)

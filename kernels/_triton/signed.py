@@ -414,6 +414,7 @@ def left_out_sums(left_out: Tensor, ends: Tensor, blocks: Sums, into: Sums) -> L
         args,
         constants,
         num_warps=8 if BT == 64 else 4,
+        num_stages=1 if wide else 2,
         sizes=frozenset({"num_tiles", "num_blocks", "bias_head", "mean_head"}),
         work=Work(2.0 * Hk * T * P * F * Dv, float(Hk * T * P * F), float(2 * blocks.means.numel() * 2)),
         notes={"tiles": BT},
@@ -467,7 +468,7 @@ def rows_over_sums(
         "D": D,
         "DV": Dv,
         "CENTRED": fmap.centre is not None,
-        "ALIGN": alignment(rows.q),
+        "ALIGN": 1 if wide else alignment(rows.q),  # sm_100 spills where it reads vectors of fp32
         "BM": BM,
         "BF": feature_tile(F, 16 if wide and padded(Dv) > 64 else 32 if wide else 64),
         "DIM": padded(D),

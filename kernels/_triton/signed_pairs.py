@@ -286,7 +286,7 @@ def pairs(rows: Exact, text: Text, some: Stretch) -> Launch:
         "BN": BN,
         "BF": feature_tile(F, 16 if wide else 32),
         "DIM": padded(D),
-        "STEP": min(16 if padded(D) > 64 else 32, padded(D)) if wide else padded(D),
+        "STEP": 16 if wide else padded(D),
         "WIDTH": padded(Dv),
         "PRECISION": precision(rows.q.dtype),
         "ESTIMATE": "tf32x3" if wide else "tf32",

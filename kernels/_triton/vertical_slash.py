@@ -48,7 +48,10 @@ CHOICE_BYTES = 256 << 20
 SPLIT_KEYS = 1024
 EXAMPLE_TOKENS = 16384
 _PLACE = tl.constexpr(len(COLUMNS))
-_SIZES = ("start", "room", "most_columns", "most_blocks", "num_subtiles", "scale", "sign")
+_SIZES = (
+    "start", "room", "most_columns", "most_blocks", "num_subtiles", "scale", "sign", "lse_b", "lse_h",
+    "lse_g",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)

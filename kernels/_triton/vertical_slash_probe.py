@@ -52,10 +52,12 @@ def _scores(
     return scores * scale
 
 
-_SIZES = ("start", "step", "scale", "num_programs", "room")
+_LSE_SIZES = ("start", "step", "scale")
+_VERTICALS_SIZES = ("start", "room", "scale")
+_REST_SIZES = ("room", "num_blocks", "scale")
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_LSE_SIZES)
 def probe_lse(
     q, k, probes, places, lse, q_b, q_h, q_g, q_n, k_b, k_h, k_m, start, step, scale,
     HK: tl.constexpr, G: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,7 +94,7 @@ def probe_lse(
     tl.store(to, tl.where(row >= 0, part, 0.0), mask=number < P * G)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_VERTICALS_SIZES)
 def probe_verticals(
     q, k, probes, probe_blocks, places, lse, verticals,
     q_b, q_h, q_g, q_n, k_b, k_h, k_m, start, room, scale,
@@ -135,7 +137,7 @@ def probe_verticals(
         tl.store(to, tl.where(candidate, vertical, -1.0), mask=j < room)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_REST_SIZES)
 def probe_rest(
     q, k, probes, probe_blocks, places, lse, verticals, columns, share, rest,
     q_b, q_h, q_g, q_n, k_b, k_h, k_m, room, num_blocks, scale,
@@ -199,7 +201,7 @@ def lse_launch(acc: Accumulator, tables: Tables, lse: Tensor, step: int) -> Laun
         },
         {**shape, "BLOCK_N": keys_at_once(acc), "CAUSAL": acc.call.causal},
         num_warps=_warps(acc),
-        sizes=frozenset({"start", "step", "scale"}),
+        sizes=frozenset(_LSE_SIZES),
     )
 
 
@@ -226,7 +228,7 @@ def verticals_launch(acc: Accumulator, tables: Tables, lse: Tensor, verticals: T
         },
         {**shape, "BLOCK_N": keys_at_once(acc), "BLOCKS": BLOCKS_AT_ONCE, "CAUSAL": acc.call.causal},
         num_warps=_warps(acc),
-        sizes=frozenset({"start", "room", "scale"}),
+        sizes=frozenset(_VERTICALS_SIZES),
     )
 
 
@@ -269,7 +271,7 @@ def rest_launch(
             "BLOCK_Q": power_of_two(rest.shape[2]),
         },
         num_warps=8,
-        sizes=frozenset({"room", "num_blocks", "scale"}),
+        sizes=frozenset(_REST_SIZES),
         notes={"block": block},
     )
 

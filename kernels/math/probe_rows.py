@@ -81,7 +81,8 @@ def _mean_by_triton(q: Tensor, k: Tensor, lse: Tensor, call: Call, rows: list[in
     chosen = torch.tensor(rows)
     table = row_table(chosen, chosen + call.start, q.device)
     full = row_softmax(q.flatten(1, 2), k, None, table, scale=call.scale, causal=call.causal).lse
-    dropped = (1.0 - torch.exp(lse[..., chosen.to(q.device)].flatten(1, 2) - full)).clamp_(0.0, 1.0)
+    kept = lse[..., chosen.to(q.device, non_blocking=True)].flatten(1, 2)
+    dropped = (1.0 - torch.exp(kept - full)).clamp_(0.0, 1.0)
     counts = torch.isfinite(full) & torch.isfinite(dropped)
     total, number = torch.stack([dropped.where(counts, 0.0).sum(), counts.sum()]).tolist()
     return total / number if number else None

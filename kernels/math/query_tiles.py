@@ -58,6 +58,15 @@ class QueryTiles:
             return blocks < begins
         return (blocks < begins) | (blocks >= begins + self.height // self.block)
 
+    def num_candidates(self) -> Tensor:
+        """int64 [num_tiles]: how many blocks each tile may choose, without a table of them."""
+        begins = torch.arange(self.num_tiles) * self.height + self.first_key(0)
+        before = (begins // self.block).clamp(max=self.num_blocks)
+        if self.causal:
+            return before
+        after = ((begins + self.height) // self.block).clamp(max=self.num_blocks)
+        return before + self.num_blocks - after
+
     def own_keys(self) -> SpanPattern:
         """What every row keeps without asking."""
         return SpanPattern(("own", self.height, self.block), self._own_spans, tile=self.height)

@@ -454,6 +454,15 @@ def test_under_mass_a_tile_with_a_broken_score_keeps_all_its_candidates(backend:
     assert torch.equal(table[0, :2], before[0, :2]) and torch.equal(table[1], before[1])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("start", "num_rows", "num_keys"), [(0, 1, 1), (0, 700, 700), (130, 500, 900)])
+def test_candidates_are_counted_as_the_table_has_them(
+    start: int, num_rows: int, num_keys: int, causal: bool
+) -> None:
+    tiles = query_tiles(Call(causal, 1.0, 0, 0, start), num_rows, num_keys, 256, 64)
+    assert torch.equal(tiles.num_candidates(), tiles.candidates().sum(-1))
+
+
 def test_decode_reads_one_key_in_stride_to_choose() -> None:
     q, k, _ = make_inputs(1, (2, 1), 1, 1000, 16, seed=4)
     params = {"budget": 128, "stride": 16}

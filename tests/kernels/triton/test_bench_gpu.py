@@ -61,6 +61,21 @@ def test_a_backend_that_fails_does_not_lose_the_others(monkeypatch: pytest.Monke
     assert not record.rows and len(record.failures) == 4 and "out of registers" in record.failures[0]
 
 
+def test_an_opponent_that_fails_does_not_lose_our_own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options([*SMALL, "--rounds", "1", "--no-flex"])
+    record = GpuRecord(device_of(SMALL))
+
+    def fails(*_: object, **given: object) -> object:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fails)
+    bench(asked, record, WallTimer(1), torch.device("cpu"), lambda line: None)
+    assert len(record.rows) == 4 and all(not row.opponents_ms for row in record.rows)
+    assert len(record.failures) == 2
+    assert "SDPA" in record.failures[0] and "out of memory" in record.failures[0]
+    assert "SDPA" not in table(record.rows)
+
+
 @pytest.mark.parametrize("wrong", [["--shapes", "3x2x64"], ["--shapes", "8"], ["--rounds", "0"]])
 def test_options_that_make_no_sense_are_refused(wrong: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -106,6 +106,32 @@ def test_lists_may_differ_by_query_head() -> None:
         torch.testing.assert_close(rows.lse[0, head].cpu(), told[1], atol=1e-5, rtol=1e-5)
 
 
+def test_lists_of_key_heads_serve_groups_too_large_for_one_tile() -> None:
+    """72 query heads of each key head would be 144 rows beside each other: every query head goes alone."""
+    q, k, v = operands(2, 64, H=144, Hk=2, D=16)
+    lists = Lists(32, full_indptr=_ints([[0, 1], [1, 2]]), full=_ints([[0, 1], [32, 1]]), whole=True)
+    with poisoned():
+        rows = rows_of(q, 16)
+        block_sparse(rows, keys_of_call(k, v, _call()), Tiles(2, _ints([[0, 2, 0, 0]])), lists, scale=0.3)
+    for head in (0, 71, 72, 143):
+        keys = list(range(32) if head < 72 else range(32, 64))
+        told = _attended(q[0, head].cpu(), k[0, head // 72].cpu(), v[0, head // 72].cpu(), [keys] * 2, 0.3)
+        torch.testing.assert_close(rows.out[0, head].cpu(), told[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rows.lse[0, head].cpu(), told[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_entry_with_a_logit_that_is_no_number_is_never_skipped() -> None:
+    q, k, v = operands(4, 64, D=16)
+    q, k[..., :32, :], k[..., 32:, :] = torch.ones_like(q), 0.0, -20 / 16
+    k[..., 40, :] = math.nan
+    lists = Lists(32, full_indptr=_ints([[0, 2]]), full=_ints([[0, 1], [32, 1]]), whole=True)
+    rows = rows_of(q, 16)
+    tiles = Tiles(4, _ints([[0, 4, 0, 0]]))
+    block_sparse(rows, keys_of_call(k, v, _call()), tiles, lists, scale=1.0, skip=1e-4)
+    assert rows.out.isnan().all() and rows.lse.isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_value_that_is_no_number_reaches_the_rows_that_see_it_and_no_others() -> None:
     q, k, v = operands(2, 32, D=16)

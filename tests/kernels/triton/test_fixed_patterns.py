@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import attend, attend_packed
+from kernels._triton.launch import Launch
 from kernels._triton.spans import Place, plan_spans
 from kernels.contract import Segment
 from kernels.math.window import window_pattern
@@ -103,6 +104,23 @@ def test_a_sliding_window_needs_a_handful_of_masks() -> None:
     plan = plan_spans(pattern, Place(0, 6400, 6400), 64)
     assert len(plan.masks) < 20 < len(plan.masked)
     assert plan.kept == sum(min(i + 1, 100) + min(max(i - 99, 0), 4) for i in range(6400))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("backend", "params"), PATTERNS[:6], ids=_named)
+def test_no_length_compiles_a_variant_of_its_own(
+    backend: str, params: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer rows than a tile, a whole number of blocks, and more of both."""
+    seen = []
+    monkeypatch.setattr(Launch, "run", lambda self: seen.append((self.constants, self.signature())))
+    for num_rows in (3, 64, 131, 192):
+        q, k, v = operands(num_rows, num_rows, H=2, Hk=1, D=16)
+        attend(q, k, v, backend=backend, params=params, causal=causal, scale=0.2, impl="triton")
+    assert len(seen) % 4 == 0
+    launches = len(seen) // 4
+    for number in range(launches):
+        assert all(one == seen[number] for one in seen[number::launches])
 
 
 def test_a_plan_names_each_kept_pair_once() -> None:
