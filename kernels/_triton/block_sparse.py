@@ -217,7 +217,7 @@ def launch_on(
         "ROWS": tiles.rows,
         "BLOCK_M": block_m,
         "BLOCK": lists.block,
-        "BLOCK_N": min(lists.block, shape.block_n),
+        "BLOCK_N": _keys_of_step(lists, shape, q.dtype, filled),
         "RANGES": lists.ranges is not None,
         "FULL": lists.full_indptr is not None,
         "MASKED": lists.masked_indptr is not None,
@@ -239,6 +239,12 @@ def launch_on(
         num_stages=shape.num_stages,
         sizes=SIZES,
     )
+
+
+def _keys_of_step(lists: Lists, shape: _Shape, dtype: torch.dtype, filled: bool) -> int:
+    """Merging with what is there takes registers that masks need too: fewer keys at a time, or some spill."""
+    tight = filled and lists.masked_indptr is not None and dtype.itemsize == 2
+    return min(lists.block, shape.block_n, 32 if tight else shape.block_n)
 
 
 def _log2(skip: float) -> float:
@@ -485,12 +491,13 @@ def _masked_entries(
 
 
 def examples(target: Target, dtype: torch.dtype, head_dim: int) -> Iterator[Launch]:
-    """Entries of every kind, for one query head per key head and for four."""
+    """Entries of every kind, for one query head per key head and for four; merged with what is there."""
     for group in (1, 4):
-        yield _example(target, dtype, head_dim, group)
+        for filled in (False, True):
+            yield _example(target, dtype, head_dim, group, filled)
 
 
-def _example(target: Target, dtype: torch.dtype, head_dim: int, group: int) -> Launch:
+def _example(target: Target, dtype: torch.dtype, head_dim: int, group: int, filled: bool) -> Launch:
     N, H = 16384, 32
     heads = H // group
 
@@ -514,8 +521,9 @@ def _example(target: Target, dtype: torch.dtype, head_dim: int, group: int) -> L
         whole=True,
     )
     out, lse = meta(1, heads, group, N, head_dim, of=dtype), meta(1, heads, group, N, of=torch.float32)
-    launch = launch_on(q, out, lse, keys, Tiles(rows, meta(T, 4)), lists, scale=0.1, target=target)
+    tiles = Tiles(rows, meta(T, 4))
+    launch = launch_on(q, out, lse, keys, tiles, lists, scale=0.1, filled=filled, target=target)
     pairs = 0.5 * H * N * N
     work = Work(4.0 * head_dim * pairs, pairs, float(2 * H + 2 * heads) * N * head_dim * dtype.itemsize)
-    notes = {"group": group}
+    notes = {"group": group, "merged": 1} if filled else {"group": group}
     return replace(launch, work=work, notes=notes)
