@@ -561,7 +561,7 @@ def test_what_is_too_dear_is_left_out_with_a_reason() -> None:
     assert "8192" in str(why_not(Case("topk", {}, 4, 2, 16, 16384, True)))
     for name in ("scatterbrain", "sbm"):
         assert "row by row" in str(why_not(Case(name, {}, 4, 2, 16, 64, True, "reference")))
-    assert "no impl" in str(why_not(replace(CASE, impl="triton")))
+    assert "no impl" in str(why_not(replace(CASE, impl="cuda")))
 
 
 def test_groups_hold_one_length_shape_and_direction() -> None:

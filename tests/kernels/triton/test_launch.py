@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from kernels import warm
 from kernels._triton import available
 from kernels._triton.launch import current
 from kernels._triton.targets import nearest
+from kernels.contract import PackedResult, Segment
+from kernels.registry import BACKENDS
+from tests.kernels.kernel_cases import learned_for
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +57,30 @@ def test_a_chip_with_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyP
         assert available.why_not_there(torch.device("cuda:0"), torch.float16, 64) == []
     finally:
         available._why_not_chip.cache_clear()
+
+
+def test_warming_up_runs_every_backend_in_every_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU by torch: that no backend is lost on the way, and that nothing would be compiled here."""
+    ran: list[tuple[str, int, int]] = []
+    attend = warm.attend_packed
+
+    def noted(q: torch.Tensor, segments: Sequence[Segment], **given: Any) -> PackedResult:
+        ran.append((given["backend"], q.shape[2], len(segments)))
+        return attend(q, segments, **given)
+
+    monkeypatch.setattr(warm, "attend_packed", noted)
+    monkeypatch.setattr(warm, "ROWS", 70)
+    monkeypatch.setattr(warm, "CHUNK_ROWS", 20)
+    for causal in (True, False):
+        shape = warm.HeadShape(4, 2, 16, 16, causal, torch.float32, torch.device("cpu"))
+        assert warm.compiles(list(BACKENDS), shape) == []
+        for name in BACKENDS:
+            warm.warm(name, shape, learned=learned_for(name, torch.empty(1, 4, 1, 16)))
+    assert {name for name, _, _ in ran} == set(BACKENDS)
+    assert {(rows, num) for name, rows, num in ran if name == "window"} == {
+        (70, 1),
+        (60, 3),
+        (20, 1),
+        (1, 1),
+        (3, 3),
+    }
