@@ -140,10 +140,10 @@ def attend(
     method = load(backend)
     knobs = _parse(method, params)
     start = k.shape[-2] - q.shape[-2] if start is None else start
-    call = Call(causal=causal, scale=scale, seed=seed, layer=layer, start=start, learned=learned)
-    _check_call(call)
     _check_tensors(q, k, v, start)
-    call = replace(call, impl=chosen_impl(method, q, v, impl))
+    chosen = chosen_impl(method, q, v, impl)
+    call = Call(causal, scale, seed, layer, start, learned=learned, impl=chosen)
+    _check_call(call)
     execute = _executable(method, knobs, call, q, v)
     with torch.no_grad():
         return execute(_rows_dense(q), _rows_dense(k), _rows_dense(v), knobs, call)
@@ -169,10 +169,10 @@ def attend_packed(
     """
     method = load(backend)
     knobs = _parse(method, params)
-    call = Call(causal=causal, scale=scale, seed=0, layer=layer, start=0, learned=learned)
-    _check_call(call)
     bounds = _check_segments(q, segments)
-    call = replace(call, impl=chosen_impl(method, q, segments[0].v, impl))
+    chosen = chosen_impl(method, q, segments[0].v, impl)
+    call = Call(causal, scale, 0, layer, 0, learned=learned, impl=chosen)
+    _check_call(call)
     execute = _executable(method, knobs, call, q, segments[0].v)
     work = _Packed(_rows_dense(q), [_dense_segment(segment) for segment in segments], bounds, call)
     alone: Sequence[int] = range(len(segments))

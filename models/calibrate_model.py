@@ -103,7 +103,7 @@ class CalibratingModel:
     def unsupported(self, choice: Choice) -> list[str]:
         return self._model.unsupported(choice)
 
-    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+    def warm_ups(self) -> Sequence[WarmUp]:
         return ()
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> CalibrateState:

@@ -326,8 +326,8 @@ class ServedModel(Protocol):
     def unsupported(self, choice: Choice) -> list[str]:
         """Every reason why this model cannot run this choice; [] where it can."""
 
-    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
-        """Kernels that these backends would otherwise compile while a request waits; () where nothing is
+    def warm_ups(self) -> Sequence[WarmUp]:
+        """Kernels that its backends would otherwise compile while a request waits; () where nothing is
         compiled, as on a CPU."""
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> SequenceState:

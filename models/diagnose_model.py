@@ -72,7 +72,7 @@ class DiagnosingModel:
     def unsupported(self, choice: Choice) -> list[str]:
         return self._model.unsupported(choice)
 
-    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+    def warm_ups(self) -> Sequence[WarmUp]:
         return ()
 
     def open(self, capacity: int, prompt: Prompt | None = None) -> DiagnoseState:

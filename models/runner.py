@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 
 from kernels.api import why_no_impl
-from kernels.registry import UnknownBackend
+from kernels.registry import BACKENDS, UnknownBackend
 from kernels.registry import load as load_backend
 from models.contract import (
     CacheUse,
@@ -83,9 +83,11 @@ class Model:
             reasons.append(missing(choice.backend, self._info.name))
         return reasons + self._impl_problems(choice) + self._size_problems(choice)
 
-    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+    def warm_ups(self) -> Sequence[WarmUp]:
         """One for each backend that would run by impl triton, over the different layers of the network."""
-        return warm_ups_of(self._network, self._info, backends)
+        choices = [Choice(name, load_backend(name).params()) for name in BACKENDS]
+        can = [choice.backend for choice in choices if not self.unsupported(choice)]
+        return warm_ups_of(self._network, self._info, can)
 
     def _impl_problems(self, choice: Choice) -> list[str]:
         """Why the impl that was asked for cannot run on this model's device and sizes."""

@@ -57,7 +57,6 @@ async def start(runtime: Runtime, load: Callable[[Settings], dict[str, ServedMod
         models = await in_daemon_thread(lambda: load(runtime.settings))
         runtime.add_models(models)
         for model in models.values():
-            await compile_kernels(runtime, model)
             await warm_up(runtime, model)
             await measure_profile(runtime, model)
     except (ModelError, ApiError) as error:
@@ -80,7 +79,7 @@ def _fail(runtime: Runtime, why: str) -> None:
 async def compile_kernels(runtime: Runtime, model: ServedModel) -> None:
     """What the model's attention compiles on a GPU, before requests wait for it. What was compiled before
     comes from Triton's cache on disk."""
-    jobs = model.warm_ups(runtime.supported[model.info.name])
+    jobs = model.warm_ups()
     if not jobs:
         return
     started, before = runtime.clock(), compiled()
@@ -94,7 +93,8 @@ async def compile_kernels(runtime: Runtime, model: ServedModel) -> None:
 
 
 async def warm_up(runtime: Runtime, model: ServedModel) -> None:
-    """A few inputs through the engine: first use is paid for, the cost model learns."""
+    """Kernels compiled, and a few inputs through the engine: first use is paid for, the cost model learns."""
+    await compile_kernels(runtime, model)
     started = runtime.clock()
     num_probes = await run_probes(runtime, model)
     seconds = runtime.clock() - started

@@ -191,7 +191,7 @@ class FakeModel:
         assert not self.open_states, f"{len(self.open_states)} sequences were never closed"
         assert not self.open_forwards, f"{len(self.open_forwards)} forwards were neither finished nor closed"
 
-    def warm_ups(self, backends: Sequence[str]) -> Sequence[WarmUp]:
+    def warm_ups(self) -> Sequence[WarmUp]:
         return self.to_warm
 
     def unsupported(self, choice: Choice) -> list[str]:

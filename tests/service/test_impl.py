@@ -101,7 +101,9 @@ def test_kernels_are_compiled_before_the_first_request(capsys: pytest.CaptureFix
         seen.append((runtime.progress.phase, runtime.progress.done, runtime.progress.total))
 
     model.to_warm = [WarmUp("exact", note), WarmUp("window", note)]
-    asyncio.run(loading.compile_kernels(runtime, model))
+    runtime.start()
+    asyncio.run(loading.warm_up(runtime, model))
+    assert runtime.close()
     phase = f"compiling kernels of {model.info.name}"
     assert seen == [(f"{phase}: exact", 0, 2), (f"{phase}: window", 1, 2)]
     assert "0 kernels compiled and 0 found on disk" in capsys.readouterr().err
