@@ -15,6 +15,8 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -63,11 +65,21 @@ def run(options: argparse.Namespace) -> None:
     model = load_decoder(options.model)
     profile = profile_of(model, options.profile, tell)
     settings = {**settings_of(options, sources), **_told(profile, sources)}
-    results = open_stored(options.json, options.resume, StudyResults(settings, context), load_study)
+    results = open_stored(
+        options.json, options.resume, StudyResults(settings, context), partial(_load, facts=options.facts)
+    )
     began = perf_counter()
     Study(options, results, model, profile, context).read(sources)
     tell(f"measured in {perf_counter() - began:.0f} s")
     write_page(options, markdown(results))
+
+
+def _load(file: Path, facts: int) -> StudyResults:
+    """Facts may be asked where none were so far: nothing else depends on how many there are."""
+    found = load_study(file)
+    if not found.facts:
+        found.settings["facts"] = facts
+    return found
 
 
 def _told(profile: Profile, sources: Sequence[Source]) -> dict[str, Any]:

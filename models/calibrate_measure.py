@@ -6,16 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
-import torch
-
 from kernels.api import parse_params
-from kernels.math.summaries import BlockSummaries
 from models.calibrate_ladders import Sample, Timing
 from models.contract import Choice, Slice, Want, Work
 from models.forward import offer_to_pause
 from models.profile import EXACT
-from models.quality_contenders import Contender, contender
-from models.quality_error import ErrorRow, _Kept, _row, _run, _Tally, _tally, squares
+from models.quality_contenders import Contender
+from models.quality_error import ErrorRow, measure_errors
 from models.quality_record import LayerRecord, chunks, record_layers
 from models.runner import Model
 
@@ -50,34 +47,9 @@ def measure_document(
 def measure_layer(
     record: LayerRecord, rungs: Sequence[Contender], chunk_tokens: int, seed: int
 ) -> list[ErrorRow]:
-    """As ``models.quality_error.measure_errors`` of one layer, each call timed by itself, with a yield point
-    before it: where it is left, no time of it is running."""
-    everyone = [_tally(each) for each in (contender(EXACT, {}), *rungs)]
-    for each in everyone:
-        each.kept = [_Kept(BlockSummaries(record.q.shape[2]))]
-    size = 0.0
-    for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
-        size += _measure_chunk(record, rows, everyone, seed, first=number + record.index)
-    for each in everyone:
-        each.layer_errors.append((each.difference / size) ** 0.5)
-    exact, *others = everyone
-    return [_row(each, exact, record.q.shape[2], [record.index]) for each in others]
-
-
-def _measure_chunk(
-    record: LayerRecord, rows: slice, everyone: Sequence[_Tally], seed: int, first: int
-) -> float:
-    """sum |o W_O|^2 of its rows. Each chunk begins one further on: nobody is always first."""
-    begin, timed = first % len(everyone), {}
-    for i in [*range(begin, len(everyone)), *range(begin)]:
-        offer_to_pause()
-        with torch.inference_mode():
-            timed[i] = _run(record, rows, everyone[i], seed, 0)
-    with torch.inference_mode():
-        projection = record.w_o.t().float()
-        for i, each in enumerate(everyone):
-            each.add(timed[i], timed[0], projection)
-        return squares(timed[0].result.out, projection)
+    """Every rung in turns with exact. Each call is timed by itself, with a yield point before it: where it is
+    left, no time of it is running."""
+    return measure_errors([record], rungs, chunk_tokens=chunk_tokens, seed=seed, before_call=offer_to_pause)
 
 
 def recorded_layers(model: Model, tokens: int, recorded_bytes: int | None = None) -> int:

@@ -7,7 +7,7 @@ read the document. An answer is *chosen* where its log-likelihood is above that 
 
 and *generated* where each of its tokens is the likeliest one. A candidate that shares its first tokens with
 the answer has them scored by the answer's own forward, and its next token too; that sum is above log p(c), so
-that most candidates need no forward of their own.
+that most candidates need no forward of their own. Those that do are read in one step.
 
 Two attentions are compared over the same questions: McNemar's exact test on the questions that only one of
 them answers.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.contract import SequenceState, ServedModel, Slice
+from models.contract import SequenceState, ServedModel, Slice, SliceResult
 from models.planned import exact
 from models.quality_facts import Document, Fact
 
@@ -58,15 +58,19 @@ def ask(model: ServedModel, sequence: SequenceState, document: Document) -> Answ
 
 
 def _ask(model: ServedModel, sequence: SequenceState, fact: Fact, total: int) -> tuple[bool, bool]:
-    scores, logits = _follow(model, sequence, fact, fact.answer, total)
-    likelihoods = logits.double().log_softmax(-1)
-    generated = logits.argmax(-1).tolist() == fact.answer
-    mine = float(scores.double().sum())
-    rivals = [each for each in fact.candidates[1:] if _bound(likelihoods, fact.answer, each) >= mine]
-    for rival in rivals:
-        if float(_follow(model, sequence, fact, rival, total)[0].double().sum()) >= mine:
-            return False, generated
-    return True, generated
+    asked = model.fork(sequence, sequence.length + len(fact.question) + len(fact.answer))
+    try:
+        model.step([Slice(asked, fact.question[:-1], exact(), "nothing", total)])
+        (answer,) = _follow(model, asked, fact, [fact.answer], total)
+        assert answer.row_logits is not None
+        generated = answer.row_logits.argmax(-1).tolist() == fact.answer
+        likelihoods = answer.row_logits.double().log_softmax(-1)
+        mine = _sum(answer)
+        rivals = [each for each in fact.candidates[1:] if _bound(likelihoods, fact.answer, each) >= mine]
+        beaten = any(_sum(each) >= mine for each in _follow(model, asked, fact, rivals, total))
+        return not beaten, generated
+    finally:
+        asked.close()
 
 
 def _bound(likelihoods: Tensor, answer: Sequence[int], other: Sequence[int]) -> float:
@@ -76,31 +80,33 @@ def _bound(likelihoods: Tensor, answer: Sequence[int], other: Sequence[int]) -> 
 
 
 def _follow(
-    model: ServedModel, sequence: SequenceState, fact: Fact, answer: Sequence[int], total: int
-) -> tuple[Tensor, Tensor]:
-    """Log-likelihood [n] of each token of ``answer`` behind the question, and the logits [n, V] there."""
-    given = [*fact.question, *answer[:-1]]
-    first = len(fact.question) - 1
-    fork = model.fork(sequence, sequence.length + len(given))
+    model: ServedModel, asked: SequenceState, fact: Fact, answers: Sequence[Sequence[int]], total: int
+) -> Sequence[SliceResult]:
+    """Each of ``answers`` behind the question, whose last token ``asked`` has not read yet: log-likelihood
+    [n] of its tokens, and the logits [n, V] there. In one step, each in a fork of its own."""
+    forks = [model.fork(asked, asked.length + len(answer)) for answer in answers]
     try:
-        step = model.step(
-            [
-                Slice(
-                    fork,
-                    given,
-                    exact(),
-                    "scores",
-                    total,
-                    [*fact.question[1:], *answer],
-                    logit_rows=range(first, len(given)),
-                )
-            ]
-        )
+        slices = [
+            Slice(
+                fork,
+                [fact.question[-1], *answer[:-1]],
+                exact(),
+                "scores",
+                total,
+                answer,
+                logit_rows=range(len(answer)),
+            )
+            for fork, answer in zip(forks, answers, strict=True)
+        ]
+        return model.step(slices).results if slices else ()
     finally:
-        fork.close()
-    result = step.results[0]
-    assert result.scores is not None and result.row_logits is not None
-    return result.scores[first:], result.row_logits
+        for fork in forks:
+            fork.close()
+
+
+def _sum(its: SliceResult) -> float:
+    assert its.scores is not None
+    return float(its.scores.double().sum())
 
 
 def paired(right: Sequence[bool], exact_right: Sequence[bool]) -> Paired | None:

@@ -9,7 +9,7 @@ approximated the kept log-sum-exp is not known and the mass is not reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -137,7 +137,6 @@ def _tally(each: Contender) -> _Tally:
     return _Tally(each, execute, each.choice(0).params, able.approximates)
 
 
-@torch.inference_mode()
 def measure_errors(
     records: Sequence[LayerRecord],
     contenders: Sequence[Contender],
@@ -145,51 +144,74 @@ def measure_errors(
     chunk_tokens: int,
     seed: int = 0,
     repeat: int = 1,
+    before_call: Callable[[], object] = lambda: None,
 ) -> list[ErrorRow]:
     """Every contender on the same recorded layers, in turns with exact chunk by chunk.
 
     With ``repeat`` every call runs that often in as many rounds, and its least time counts. Each begins
     without what an earlier one left behind for the same rows (random keys, block summaries, kept states): a
-    server draws and sums up once, and its time has to show it.
+    server draws and sums up once, and its time has to show it. ``before_call`` runs outside inference mode,
+    while no time is taken: a yield point, for one.
     """
     exact, tallies = _tally(contender(EXACT, {})), [_tally(each) for each in contenders]
     for record in records:
-        _measure_layer(record, exact, tallies, chunk_tokens, seed, repeat)
+        _measure_layer(record, exact, tallies, chunk_tokens, seed, repeat, before_call)
     tokens, layers = records[0].q.shape[2], [record.index for record in records]
     return [_row(tally, exact, tokens, layers) for tally in tallies]
 
 
 def _measure_layer(
-    record: LayerRecord, exact: _Tally, tallies: list[_Tally], chunk_tokens: int, seed: int, repeat: int
+    record: LayerRecord,
+    exact: _Tally,
+    tallies: list[_Tally],
+    chunk_tokens: int,
+    seed: int,
+    repeat: int,
+    before_call: Callable[[], object],
 ) -> None:
     everyone = [exact, *tallies]
     for each in everyone:
         each.kept = [_Kept(BlockSummaries(record.q.shape[2])) for _ in range(repeat)]
         each.difference = 0.0
-    projection, size = record.w_o.t().float(), 0.0
+    size = 0.0
     for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
-        timed = _in_turns(record, rows, everyone, seed, repeat, first=number + record.index)
-        size += squares(timed[0].result.out, projection)
-        for each, its in zip(everyone, timed, strict=True):
-            each.add(its, timed[0], projection)
+        first = number + record.index
+        size += _add(record, everyone, _in_turns(record, rows, everyone, seed, repeat, first, before_call))
     for each in everyone:
         each.layer_errors.append((each.difference / size) ** 0.5)
 
 
+@torch.inference_mode()
+def _add(record: LayerRecord, everyone: list[_Tally], timed: list[_Timed]) -> float:
+    """One chunk: sum |o W_O|^2 of its rows."""
+    projection = record.w_o.t().float()
+    for each, its in zip(everyone, timed, strict=True):
+        each.add(its, timed[0], projection)
+    return squares(timed[0].result.out, projection)
+
+
 def _in_turns(
-    record: LayerRecord, rows: slice, everyone: list[_Tally], seed: int, repeat: int, first: int
+    record: LayerRecord,
+    rows: slice,
+    everyone: list[_Tally],
+    seed: int,
+    repeat: int,
+    first: int,
+    before_call: Callable[[], object],
 ) -> list[_Timed]:
     """Everyone's best of ``repeat`` calls. Each round begins one further on: nobody is always first."""
     best: dict[int, _Timed] = {}
     for turn in range(repeat):
         begin = (first + turn) % len(everyone)
         for i in [*range(begin, len(everyone)), *range(begin)]:
+            before_call()
             its = _run(record, rows, everyone[i], seed, turn)
             if i not in best or its.seconds < best[i].seconds:
                 best[i] = its
     return [best[i] for i in range(len(everyone))]
 
 
+@torch.inference_mode()
 def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int, turn: int) -> _Timed:
     """One chunk as the cache serves it: its rows over the keys so far, what earlier chunks left kept. A
     bidirectional model has no cache."""

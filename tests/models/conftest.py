@@ -8,10 +8,18 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def usual_threads() -> Iterator[int]:
+    """The number outside these tests. What fixtures of whole modules measure has one thread too."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield usual
+    torch.set_num_threads(usual)
+
+
 @pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("demo") is None:
-        torch.set_num_threads(1)
+def threads(request: pytest.FixtureRequest, usual_threads: int) -> Iterator[None]:
+    """Demo models have all of them."""
+    torch.set_num_threads(1 if request.node.get_closest_marker("demo") is None else usual_threads)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
