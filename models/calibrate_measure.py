@@ -18,7 +18,7 @@ from models.runner import Model
 
 Clock = Callable[[], float]
 
-MAX_RECORDED_BYTES = 1 << 30
+MAX_RECORDED_BYTES = 2 << 30
 """Queries, keys and values recorded at once; more layers take another reading."""
 
 

@@ -87,7 +87,6 @@ class Cache:
         self._runs: list[_Run] = []
         self._moving: _Moving | None = None
         self._visible = length
-        """Positions below are in pages that others may read."""
         self._summaries: list[BlockSummaries] = []
         self._kept: list[KeptStates] = []
         self._owners: list[Hashable] = [None] * len(self._shapes)
@@ -110,6 +109,11 @@ class Cache:
         written = zip(self._shapes, self._written, strict=True)
         elements = sum(shape.elements_per_token * rows for shape, rows in written)
         return elements * self._dtype.itemsize + beside
+
+    @property
+    def shared_length(self) -> int:
+        """Positions below lie in pages that others may read, and are written no more."""
+        return self._visible
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Place k [Hk, n, D] and v [Hk, n, Dv] of one layer at positions start .. start + n - 1. What was

@@ -1,13 +1,14 @@
 """Questions about planted facts, answered by a model that has read the document.
 
-Each question goes to a fork of the sequence and is read with exact attention over the cached keys, whatever
-read the document. An answer is *chosen* where its log-likelihood is above that of every other candidate,
+Questions go to a fork of the sequence, which is rewound after each, and are read with exact attention over
+the cached keys, whatever read the document. An answer is *chosen* where its log-likelihood is above that of
+every other candidate,
 
     log p(c) = sum_j log p(c_j | question, c_1 .. c_{j-1})
 
 and *generated* where each of its tokens is the likeliest one. A candidate that shares its first tokens with
 the answer has them scored by the answer's own forward, and its next token too; that sum is above log p(c), so
-that most candidates need no forward of their own. Those that do are read in one step.
+that most candidates need no forward of their own.
 
 Two attentions are compared over the same questions: McNemar's exact test on the questions that only one of
 them answers.
@@ -21,9 +22,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.contract import SequenceState, ServedModel, Slice, SliceResult
+from models.contract import SequenceState, Slice, SliceResult
 from models.planned import exact
 from models.quality_facts import Document, Fact
+from models.runner import Model
+from models.sequence import OpenSequence
 
 
 @dataclass(frozen=True)
@@ -51,26 +54,30 @@ class Paired:
         return 100 * (self.share - self.exact_share)
 
 
-def ask(model: ServedModel, sequence: SequenceState, document: Document) -> Answers:
+def ask(model: Model, sequence: SequenceState, document: Document) -> Answers:
     """``sequence`` has read the document's prompt and stays as it is."""
-    found = [_ask(model, sequence, fact, document.prompt_tokens) for fact in document.facts]
+    facts = document.facts
+    longest = max((len(fact.question) + len(fact.answer) for fact in facts), default=0)
+    asked = model.fork(sequence, sequence.length + longest)
+    try:
+        found = [_ask(model, asked, fact, document.prompt_tokens) for fact in facts]
+    finally:
+        asked.close()
     return Answers([chosen for chosen, _ in found], [generated for _, generated in found])
 
 
-def _ask(model: ServedModel, sequence: SequenceState, fact: Fact, total: int) -> tuple[bool, bool]:
-    asked = model.fork(sequence, sequence.length + len(fact.question) + len(fact.answer))
-    try:
-        model.step([Slice(asked, fact.question[:-1], exact(), "nothing", total)])
-        (answer,) = _follow(model, asked, fact, [fact.answer], total)
-        assert answer.row_logits is not None
-        generated = answer.row_logits.argmax(-1).tolist() == fact.answer
-        likelihoods = answer.row_logits.double().log_softmax(-1)
-        mine = _sum(answer)
-        rivals = [each for each in fact.candidates[1:] if _bound(likelihoods, fact.answer, each) >= mine]
-        beaten = any(_sum(each) >= mine for each in _follow(model, asked, fact, rivals, total))
-        return not beaten, generated
-    finally:
-        asked.close()
+def _ask(model: Model, asked: OpenSequence, fact: Fact, total: int) -> tuple[bool, bool]:
+    """``asked`` has read the document, and goes back to it."""
+    begin = asked.length
+    model.step([Slice(asked, fact.question[:-1], exact(), "nothing", total)])
+    answer = _follow(model, asked, fact, fact.answer, total)
+    assert answer.row_logits is not None
+    generated = answer.row_logits.argmax(-1).tolist() == fact.answer
+    likelihoods, mine = answer.row_logits.double().log_softmax(-1), _sum(answer)
+    rivals = [each for each in fact.candidates[1:] if _bound(likelihoods, fact.answer, each) >= mine]
+    beaten = any(_sum(_follow(model, asked, fact, each, total)) >= mine for each in rivals)
+    asked.rewind(begin)
+    return not beaten, generated
 
 
 def _bound(likelihoods: Tensor, answer: Sequence[int], other: Sequence[int]) -> float:
@@ -79,29 +86,13 @@ def _bound(likelihoods: Tensor, answer: Sequence[int], other: Sequence[int]) -> 
     return sum(float(likelihoods[j, other[j]]) for j in range(shared + 1))
 
 
-def _follow(
-    model: ServedModel, asked: SequenceState, fact: Fact, answers: Sequence[Sequence[int]], total: int
-) -> Sequence[SliceResult]:
-    """Each of ``answers`` behind the question, whose last token ``asked`` has not read yet: log-likelihood
-    [n] of its tokens, and the logits [n, V] there. In one step, each in a fork of its own."""
-    forks = [model.fork(asked, asked.length + len(answer)) for answer in answers]
-    try:
-        slices = [
-            Slice(
-                fork,
-                [fact.question[-1], *answer[:-1]],
-                exact(),
-                "scores",
-                total,
-                answer,
-                logit_rows=range(len(answer)),
-            )
-            for fork, answer in zip(forks, answers, strict=True)
-        ]
-        return model.step(slices).results if slices else ()
-    finally:
-        for fork in forks:
-            fork.close()
+def _follow(model: Model, asked: OpenSequence, fact: Fact, answer: Sequence[int], total: int) -> SliceResult:
+    """``answer`` behind the question, whose last token ``asked`` has not read yet: log-likelihood [n] of its
+    tokens, and the logits [n, V] there."""
+    given, begin, rows = [fact.question[-1], *answer[:-1]], asked.length, range(len(answer))
+    step = model.step([Slice(asked, given, exact(), "scores", total, answer, logit_rows=rows)])
+    asked.rewind(begin)
+    return step.results[0]
 
 
 def _sum(its: SliceResult) -> float:

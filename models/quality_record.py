@@ -94,7 +94,7 @@ def record_layers(
     seen = {layer: _Seen() for layer in layers}
     for rows in chunks(len(token_ids), chunk_tokens):
         _read(network, token_ids, rows, cache, seen)
-    return [_record(network, layer, seen[layer], w_o) for layer, w_o in zip(layers, weights, strict=True)]
+    return [_record(network, layer, seen.pop(layer), w_o) for layer, w_o in zip(layers, weights, strict=True)]
 
 
 def _output_projection(network: Network, layer: int) -> Tensor:

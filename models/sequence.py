@@ -124,6 +124,15 @@ class OpenSequence:
         other.guard = self.guard.copy() if self.guard is not None else None
         return other
 
+    def rewind(self, length: int) -> None:
+        """Go back to the first ``length`` tokens: what follows takes the place of the others. ValueError
+        where so many were not read, or where others may have what would be replaced."""
+        if self.cache is None or self.closed or not 0 <= length <= self.length:
+            raise ValueError(f"no way back to {length} tokens: {self.length} are cached")
+        if self._sharing is not None or length < self.cache.shared_length:
+            raise ValueError(f"no way back to {length} tokens: others may read those behind them")
+        self.length = length
+
     def close(self) -> None:
         self.closed = True
         if self.cache is not None:

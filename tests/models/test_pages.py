@@ -571,3 +571,45 @@ def test_bad_limits_are_refused_and_a_model_that_left_opens_nothing() -> None:
     sequences.limit_cached(1 << 30)
     use: Any = sequences.use()
     assert (use.held_bytes, use.cached_bytes, use.free_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rewound_sequence_reads_on_as_if_it_had_never_read_more(seed: int) -> None:
+    sequences, draw = make_sequences(), random.Random(seed)
+    leader = Life(sequences.open(500, None), [])
+    leader.read(PROMPT[: 250 + seed])
+    fork = Life(sequences.fork(leader.state, 450), PROMPT[: 250 + seed])
+    for _ in range(20):
+        if draw.random() < 0.4:
+            length = draw.randrange(250 + seed, fork.state.length + 1)
+            fork.state.rewind(length)
+            fork.token_ids = fork.token_ids[:length]
+        else:
+            room = min(fork.state.capacity - fork.state.length, 60)
+            fork.read([draw.randrange(50) for _ in range(draw.randrange(room + 1))])
+        assert fork.state.length == len(fork.token_ids)
+    fork.read([1] * (fork.state.capacity - fork.state.length))
+    for layer in range(len(SHAPES)):
+        leader.must_hold(layer, PROMPT[: 250 + seed])
+        fork.must_hold(layer, fork.token_ids)
+
+
+def test_there_is_no_way_back_to_what_others_may_read_or_to_what_was_never_read() -> None:
+    sequences = make_sequences()
+    leader = Life(sequences.open(500, None), [])
+    leader.read(PROMPT[:300])
+    fork = Life(sequences.fork(leader.state, 400), PROMPT[:300])
+    fork.read([1] * 20)
+    for length in (-1, 321):
+        with pytest.raises(ValueError, match="320 are cached"):
+            fork.state.rewind(length)
+    with pytest.raises(ValueError, match="others may read"):
+        fork.state.rewind(299)
+    sequences.limit_cached(1 << 20)
+    found = Life(sequences.open(500, Prompt(PROMPT[:300], EXACT)), [])
+    found.read(PROMPT[:300])
+    with pytest.raises(ValueError, match="others may read"):
+        found.state.rewind(290)
+    fork.state.close()
+    with pytest.raises(ValueError, match="no way back"):
+        fork.state.rewind(310)
