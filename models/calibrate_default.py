@@ -16,7 +16,7 @@ from typing import Literal
 from kernels.api import parse_params
 from kernels.registry import UnknownBackend
 from models.calibrate import QUICK, Sizes, Source, calibrate
-from models.calibrate_measure import MAX_RECORDED_BYTES, layer_bytes, recorded_layers
+from models.calibrate_measure import MAX_RECORDED_BYTES, layer_bytes, measured_chunks, recorded_layers
 from models.calibrate_rungs import default_rungs
 from models.calibrate_times import MINUTES, picked_layers, retime, rungs_of
 from models.contract import Choice, ModelError
@@ -229,19 +229,20 @@ def _fitting(
 
 
 def _bytes(model: Model, tokens: int, rungs: list[Contender], chunk_tokens: int, layers: int) -> int:
-    """The dearest reading, beside it the inputs of layers, in pieces and whole."""
+    """The dearest reading, beside it the inputs of layers, one of them in pieces and whole."""
     choices = [Choice(EXACT, parse_params(EXACT)), *(each.choice(0) for each in rungs)]
     rows = min(chunk_tokens or tokens, tokens)
     reading = max(model.estimate_bytes(tokens, 0, choice, rows) for choice in choices)
-    return reading + 2 * layers * max(
-        layer_bytes(model, layer, tokens) for layer in model.info.applied_layers
-    )
+    one = max(layer_bytes(model, layer, tokens) for layer in model.info.applied_layers)
+    return reading + (layers + 1) * one
 
 
 def _flops(model: Model, tokens: int, chunk_tokens: int, num_rungs: int, share: float) -> float:
-    """Of one document: two readings, and in a share of the layers exact and the rungs, each as exact."""
+    """Of one document: two readings, and in a share of the layers exact and the rungs, each as exact, on the
+    rows measured."""
     one = model.flops(tokens, 0, Choice(EXACT, parse_params(EXACT)), "nothing")
-    return 2 * (one.linear + one.attention) + share * (1 + num_rungs) * one.attention
+    rows: int = sum(piece.stop - piece.start for piece in measured_chunks(tokens, chunk_tokens, 0))
+    return 2 * (one.linear + one.attention) + share * (1 + num_rungs) * one.attention * rows / tokens
 
 
 def _ignore(what: str) -> None:

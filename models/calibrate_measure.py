@@ -16,6 +16,10 @@ from models.quality_error import ErrorRow, measure_errors
 from models.quality_record import LayerRecord, chunks, record_layers
 from models.runner import Model
 
+MEASURED_TOKENS = 4096
+"""Rows that every rung runs on in a layer. Of longer documents these are chunks evenly spaced, others in
+every layer: docs/auto.md says what that does to the errors."""
+
 Clock = Callable[[], float]
 
 MAX_RECORDED_BYTES = 2 << 30
@@ -38,18 +42,35 @@ def measure_document(
     layers = model.info.applied_layers
     at_once = recorded_layers(model, len(token_ids), recorded_bytes)
     for number, record in enumerate(_records(model, token_ids, layers, at_once, chunk_tokens), 1):
-        rows = measure_layer(record, rungs, chunk_tokens, seed)
+        rows = measure_layer(record, rungs, chunk_tokens, seed, first=document)
         samples += [_sample(document, record.index, place, row) for place, row in enumerate(rows)]
         progress(f"layer {number} of {len(layers)}")
     return samples
 
 
 def measure_layer(
-    record: LayerRecord, rungs: Sequence[Contender], chunk_tokens: int, seed: int
+    record: LayerRecord, rungs: Sequence[Contender], chunk_tokens: int, seed: int, first: int = 0
 ) -> list[ErrorRow]:
     """Every rung in turns with exact. Each call is timed by itself, with a yield point before it: where it is
-    left, no time of it is running."""
-    return measure_errors([record], rungs, chunk_tokens=chunk_tokens, seed=seed, before_call=offer_to_pause)
+    left, no time of it is running. ``first``: another choice of chunks for every number."""
+    return measure_errors(
+        [record],
+        rungs,
+        chunk_tokens=chunk_tokens,
+        seed=seed,
+        pieces=measured_chunks(record.q.shape[2], chunk_tokens, first + record.index),
+        before_call=offer_to_pause,
+    )
+
+
+def measured_chunks(tokens: int, chunk_tokens: int, first: int) -> list[slice]:
+    """One chunk of every stratum of equally many, about ``MEASURED_TOKENS`` rows in all: the first of the
+    first stratum, the second of the second and so on round, ``first`` places further on."""
+    everything = list(chunks(tokens, chunk_tokens))
+    most = max(1, tokens // MEASURED_TOKENS)
+    every = max(n for n in range(1, most + 1) if len(everything) % n == 0)
+    strata = [everything[begin : begin + every] for begin in range(0, len(everything), every)]
+    return [stratum[(first + number) % every] for number, stratum in enumerate(strata)]
 
 
 def recorded_layers(model: Model, tokens: int, recorded_bytes: int | None = None) -> int:

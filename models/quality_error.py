@@ -9,7 +9,7 @@ approximated the kept log-sum-exp is not known and the mass is not reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -144,9 +144,11 @@ def measure_errors(
     chunk_tokens: int,
     seed: int = 0,
     repeat: int = 1,
+    pieces: Sequence[slice] | None = None,
     before_call: Callable[[], object] = lambda: None,
 ) -> list[ErrorRow]:
-    """Every contender on the same recorded layers, in turns with exact chunk by chunk.
+    """Every contender on the same recorded layers, in turns with exact chunk by chunk: on all of the text, or
+    on the rows of ``pieces`` alone, each over all keys before it.
 
     With ``repeat`` every call runs that often in as many rounds, and its least time counts. Each begins
     without what an earlier one left behind for the same rows (random keys, block summaries, kept states): a
@@ -155,7 +157,8 @@ def measure_errors(
     """
     exact, tallies = _tally(contender(EXACT, {})), [_tally(each) for each in contenders]
     for record in records:
-        _measure_layer(record, exact, tallies, chunk_tokens, seed, repeat, before_call)
+        rows = chunks(record.q.shape[2], chunk_tokens) if pieces is None else pieces
+        _measure_layer(record, exact, tallies, rows, seed, repeat, before_call)
     tokens, layers = records[0].q.shape[2], [record.index for record in records]
     return [_row(tally, exact, tokens, layers) for tally in tallies]
 
@@ -164,7 +167,7 @@ def _measure_layer(
     record: LayerRecord,
     exact: _Tally,
     tallies: list[_Tally],
-    chunk_tokens: int,
+    pieces: Iterable[slice],
     seed: int,
     repeat: int,
     before_call: Callable[[], object],
@@ -174,7 +177,7 @@ def _measure_layer(
         each.kept = [_Kept(BlockSummaries(record.q.shape[2])) for _ in range(repeat)]
         each.difference = 0.0
     size = 0.0
-    for number, rows in enumerate(chunks(record.q.shape[2], chunk_tokens)):
+    for number, rows in enumerate(pieces):
         first = number + record.index
         size += _add(record, everyone, _in_turns(record, rows, everyone, seed, repeat, first, before_call))
     for each in everyone:

@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.api import attend
 from loadtests.tiny_models import write_models
 from models.auto import plan
 from models.calibrate import QUICK, Sizes, Source, calibrate
 from models.calibrate_default import profile_for
 from models.calibrate_ladders import Sample, Timing, ladders_of, lengths_of, spread_of
-from models.calibrate_measure import measure_document, time_exact
+from models.calibrate_measure import measure_document, measure_layer, measured_chunks, time_exact
 from models.calibrate_rungs import FULL, asked_rungs, default_rungs
 from models.contract import ModelError
 from models.loader import load_model
 from models.profile import SCHEMA_VERSION, Profile, load, profile_file, save
 from models.profile_stamp import fingerprint, stamp_of
 from models.quality_contenders import contender
-from models.quality_error import measure_errors
-from models.quality_record import record_layers
+from models.quality_error import measure_errors, squares
+from models.quality_record import LayerRecord, chunks, record_layers
 from models.runner import Model
 from service.cli import main
 
@@ -88,6 +89,50 @@ def test_calibrated_errors_are_those_of_the_document(decoder: Model) -> None:
     assert {(each.layer, each.rung): each.error for each in samples} == pytest.approx(expected)
     assert {(each.document, each.tokens) for each in samples} == {(3, 128)}
     assert all(expected[layer, 0] > 0 for layer in decoder.info.applied_layers)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk_tokens", "every"),
+    [
+        (4096, 512, 1),
+        (8191, 512, 1),
+        (8192, 512, 2),
+        (16384, 512, 4),
+        (15 * 512, 512, 1),
+        (12000, 512, 2),
+        (9000, 0, 1),
+    ],
+)
+def test_all_chunks_of_a_document_have_the_same_chance_and_lie_evenly(
+    tokens: int, chunk_tokens: int, every: int
+) -> None:
+    everything = list(chunks(tokens, chunk_tokens))
+    found = [measured_chunks(tokens, chunk_tokens, first) for first in range(every)]
+    assert sorted((each for some in found for each in some), key=lambda rows: rows.start) == everything
+    for some in found:
+        strata = [everything.index(rows) // every for rows in some]
+        assert strata == list(range(len(everything) // every))
+
+
+def test_chunks_of_a_long_document_stand_for_all(decoder: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.calibrate_measure.MEASURED_TOKENS", 64)
+    ids = decoder.tokenizer.encode(TEXT).token_ids[:256]
+    (record,) = record_layers(decoder._network, ids, decoder.info.applied_layers[:1], 32)
+    of_some = [measure_layer(record, RUNGS, 32, 0, first=first) for first in range(4)]
+    (whole, *_) = measure_errors([record], RUNGS, chunk_tokens=32)
+    pieces = [measured_chunks(256, 32, first + record.index) for first in range(4)]
+    sizes = [measure_size(record, some) for some in pieces]
+    together = sum(size * rows[0].error ** 2 for size, rows in zip(sizes, of_some, strict=True)) / sum(sizes)
+    assert together**0.5 == pytest.approx(whole.error, rel=1e-4)
+    assert len({rows[0].error for rows in of_some}) > 1
+
+
+def measure_size(record: LayerRecord, pieces: list[slice]) -> float:
+    """sum |o W_O|^2 over these rows."""
+    whole = attend(
+        record.q, record.k, record.v, backend="exact", causal=True, scale=record.scale, layer=record.index
+    ).out
+    return sum(squares(whole[:, :, rows], record.w_o.t().float()) for rows in pieces)
 
 
 def test_an_encoder_is_calibrated_reading_at_once(directories: dict[str, Path]) -> None:
