@@ -9,8 +9,9 @@ import uuid
 
 from kernels.registry import load
 from models.contract import Choice, ServedModel, SliceResult, Want
-from models.diagnose_model import DiagnoseState, DiagnosingModel, can_diagnose
+from models.diagnose_model import DiagnosingModel, can_diagnose
 from models.diagnose_told import MAX_TOKENS, Asked, Diagnosis
+from models.one_step import OneStepState
 from service.answers import stats_of, usage_of
 from service.attention import Chosen, Spec, backend_alone, choose, exact_choice, parse
 from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest, Question, SupportUsed
@@ -34,7 +35,7 @@ class DiagnoseSequence(Sequence):
         return "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
-        assert isinstance(self.state, DiagnoseState)
+        assert isinstance(self.state, OneStepState)
         self.found = self.state.found
         self.finished = True
         return None

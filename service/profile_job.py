@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from models.calibrate_default import Measurement
-from models.calibrate_model import CalibrateState, CalibratingModel
+from models.calibrate_model import CalibratingModel
 from models.contract import SliceResult, Want
+from models.one_step import OneStepState
 from models.profile import Profile
 from models.runner import Model
 from service.attention import exact_choice
@@ -40,7 +41,7 @@ class CalibrateSequence(Sequence):
         return "nothing"
 
     def accept(self, result: SliceResult, read: int) -> TokenOut | None:
-        assert isinstance(self.state, CalibrateState)
+        assert isinstance(self.state, OneStepState)
         self.found, self.refused = self.state.found, self.state.refused
         self.finished = True
         return None
