@@ -208,7 +208,8 @@ class Readings:
         exact_time = exact_outcome.reading
         for number, each in enumerate(left):
             if number and number % self._options.turns == 0:
-                exact_time = timed(self._model, document.token_ids, exact(), self._options.chunk_tokens)
+                chunk_tokens = self._options.chunk_tokens
+                exact_time = timed(self._model, document.token_ids, exact(), chunk_tokens, scored=True)
             its = exact_outcome if each.backend == EXACT else read(self._choice(each, document))
             time = exact_time if each.backend == EXACT else its.reading
             self._keep(document, each, its, exact_outcome, time, exact_time)

@@ -116,10 +116,13 @@ def change(document: Document, reading: PromptReading, exact: PromptReading) -> 
     return change_of(reading.scores[counted], exact.scores[counted])
 
 
-def timed(model: Model, token_ids: Sequence[int], choice: Choice, chunk_tokens: int) -> PromptReading:
-    """Read once and let go."""
+def timed(
+    model: Model, token_ids: Sequence[int], choice: Choice, chunk_tokens: int, scored: bool = False
+) -> PromptReading:
+    """Read once and let go. To be held against a scored reading it must be scored too: the head's logits pass
+    through the caches between two steps, and slow the next one."""
     sequence = model.open(len(token_ids) - 1)
     try:
-        return read_prompt(model, sequence, token_ids, choice, chunk_tokens)
+        return read_prompt(model, sequence, token_ids, choice, chunk_tokens, scored=scored)
     finally:
         sequence.close()

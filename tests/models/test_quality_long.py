@@ -374,9 +374,10 @@ def test_exact_is_read_again_after_so_many_others(at_hand: Path, monkeypatch: py
         read.append(choice.backend)
         return real_read(model, document, choice, chunk_tokens)
 
-    def time_one(*given: Any) -> PromptReading:
+    def time_one(*given: Any, scored: bool) -> PromptReading:
+        assert scored, "as the others are: what is timed must be the same work"
         read.append(f"{given[2].backend} again")
-        return real_timed(*given)
+        return real_timed(*given, scored=scored)
 
     monkeypatch.setattr(quality_long, "read_document", read_one)
     monkeypatch.setattr(quality_long, "timed", time_one)
