@@ -34,7 +34,7 @@ from models.quality_long_rows import lengths_within
 from models.quality_options import add_outputs, context_of, natural, parsed
 from models.quality_prompt import read_document
 from models.quality_run import guarded, tell, write_page
-from models.quality_store import begin, open_stored, save
+from models.quality_store import add_texts, begin, open_stored, save
 from models.runner import Model
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     profile = profile_of(model, options.profile, tell)
     settings = {**settings_of(options, sources), **_told(profile, sources)}
     results = open_stored(
-        options.json, options.resume, StudyResults(settings, context), partial(_load, facts=options.facts)
+        options.json, options.resume, StudyResults(settings, context), partial(_load, settings=settings)
     )
     began = perf_counter()
     Study(options, results, model, profile, context).read(sources)
@@ -74,11 +74,12 @@ def run(options: argparse.Namespace) -> None:
     write_page(options, markdown(results))
 
 
-def _load(file: Path, facts: int) -> StudyResults:
+def _load(file: Path, settings: dict[str, Any]) -> StudyResults:
     """Facts may be asked where none were so far: nothing else depends on how many there are."""
     found = load_study(file)
+    add_texts(found.settings, settings)
     if not found.facts:
-        found.settings["facts"] = facts
+        found.settings["facts"] = settings["facts"]
     return found
 
 

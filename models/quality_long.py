@@ -49,7 +49,7 @@ from models.quality_options import (
 from models.quality_plot import pyplot
 from models.quality_prompt import Outcome, PromptReading, change, read_document, timed
 from models.quality_run import guarded, tell, write_report
-from models.quality_store import begin, open_stored, save
+from models.quality_store import add_texts, begin, open_stored, save
 from models.runner import Model
 
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -114,9 +114,8 @@ def run(options: argparse.Namespace) -> None:
     refuse_cut_tiles(contenders, options.chunk_tokens)
     sources = sources_of(options.texts, tell)
     context = context_of(options)
-    results = open_stored(
-        options.json, options.resume, LongResults(settings_of(options, sources), context), load_long
-    )
+    fresh = LongResults(settings_of(options, sources), context)
+    results = open_stored(options.json, options.resume, fresh, partial(_load, settings=fresh.settings))
     model = load_decoder(options.model)
     refuse_unsupported(model, contenders)
     profile = profile_of(model, options.profile, tell) if options.budgets else None
@@ -126,6 +125,12 @@ def run(options: argparse.Namespace) -> None:
     Readings(options, contenders, results, model, profile, context).read(sources)
     tell(f"measured in {perf_counter() - began:.0f} s")
     write_report(options, results, markdown, panels)
+
+
+def _load(file: Path, settings: dict[str, Any]) -> LongResults:
+    found = load_long(file)
+    add_texts(found.settings, settings)
+    return found
 
 
 def settings_of(options: argparse.Namespace, sources: Sequence[Source]) -> dict[str, Any]:

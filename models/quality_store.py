@@ -107,6 +107,12 @@ def open_stored(file: Path | None, resume: bool, fresh: R, read: Callable[[Path]
     return found
 
 
+def add_texts(held: dict[str, Any], now: Mapping[str, Any]) -> None:
+    """Texts may be added to those of a file's settings: every row names its own."""
+    if held.get("texts", {}).items() <= now["texts"].items():
+        held["texts"] = now["texts"]
+
+
 def begin(results: Stored, context: Mapping[str, Any], load: float) -> None:
     """Note a run that is about to measure. ValueError where it would add times of another machine to those in
     ``results``."""

@@ -345,6 +345,20 @@ def test_a_run_writes_a_row_per_document_and_contender_and_goes_on(at_hand: Path
     assert all(line.count("|") > 3 for line in page.splitlines() if line.startswith("|"))
 
 
+def test_texts_may_be_added_to_a_run(at_hand: Path) -> None:
+    one, two = (
+        ["--texts", *(str(at_hand / source.name) for source in some)] for some in (SOURCES[:1], SOURCES)
+    )
+    quality_long.main(command(at_hand, "--budgets", *one))
+    before = load_long(at_hand / "long.json").rows
+    quality_long.main(command(at_hand, "--budgets", *two, "--resume"))
+    found = load_long(at_hand / "long.json")
+    assert found.rows[:3] == before and [row.text for row in found.rows[3:]] == [SOURCES[1].name] * 3
+    assert list(found.settings["texts"]) == [source.name for source in SOURCES]
+    with pytest.raises(SystemExit, match="other settings: texts"):
+        quality_long.main(command(at_hand, "--budgets", *one, "--resume"))
+
+
 def test_a_run_without_facts_asks_nothing(at_hand: Path) -> None:
     quality_long.main(command(at_hand, "--budgets", "--facts", "0", "--tokens", "500"))
     assert all(not row.chosen for row in load_long(at_hand / "long.json").rows)
