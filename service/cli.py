@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from service.settings import ENV_PREFIX, ConfigError, Settings, flag_name, load_settings
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Errors of the caller are one message on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
-        raise SystemExit(_bench(arguments[1:]))
+        _bench(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -197,13 +198,12 @@ def backends_markdown() -> str:
     return markdown()
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    from subprocess import run
-
+def _bench(arguments: Sequence[str]) -> NoReturn:
+    """This process becomes the bench: its signals and its exit status are then the bench's own."""
     module, rest = "kernels.bench", arguments
     if arguments[:1] == ["quality"]:
         module, rest = "models.quality_long", arguments[1:]
-    return run([sys.executable, "-m", module, *rest], check=False).returncode
+    os.execv(sys.executable, [sys.executable, "-m", module, *rest])
 
 
 def _version(options: argparse.Namespace) -> int:

@@ -523,22 +523,20 @@ def test_auto_is_drawn_among_the_backends(tmp_path: Path) -> None:
     pyplot().close(figure)
 
 
-def test_bench_quality_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
+def test_bench_becomes_the_process_that_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No parent waits beside it, which could be killed and leave it running."""
+    became: list[tuple[str, list[str]]] = []
 
-    class Done:
-        returncode = 3
+    def execv(path: str, arguments: list[str]) -> None:
+        became.append((path, arguments))
+        raise SystemExit(3)
 
-    def run(command: list[str], check: bool) -> Done:
-        ran.append(command)
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("os.execv", execv)
     for given in (["quality", "--facts", "0"], ["--quick"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(["bench", *given])
         assert caught.value.code == 3
-    assert ran == [
-        [sys.executable, "-m", "models.quality_long", "--facts", "0"],
-        [sys.executable, "-m", "kernels.bench", "--quick"],
+    assert became == [
+        (sys.executable, [sys.executable, "-m", "models.quality_long", "--facts", "0"]),
+        (sys.executable, [sys.executable, "-m", "kernels.bench", "--quick"]),
     ]
