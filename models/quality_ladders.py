@@ -104,38 +104,32 @@ DECODER = Ladders(
 """A causal model over a text in chunks. What is too far from exact to be worth the minutes is not read at
 long lengths."""
 
+_LONG_BRIEF: dict[str, Settings] = {
+    "strided": _each("stride", (64, 512)),
+    "fixed": _each("stride", (64, 512)),
+    "star": _each("window", (2, 512)),
+    "random": ({"num_random": 256}, {"num_random": 1024, "block_size": 64}),
+    "topk": _each("budget", (256, 1024)),
+    "performer": _each("num_features", (64, 256)),
+    "lsh": _each("num_hash_rounds", (2, 4)),
+    "kmeans": _each("num_probes", (2, 4)),
+    "scatterbrain": (_NEAR, _POOLED),
+}
+_LONG_ALWAYS: dict[str, Settings] = {
+    EXACT: ({},),
+    "window": _each("window", (1024, 2048)),
+    "sinks": _each("window", (512, 1024, 2048)),
+    "bigbird": ({"window": 512, "num_random": 512}, {"window": 1024, "num_random": 1024}),
+    "xattention": _each("budget", (1024, 2048)),
+    "pooled": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
+    "pages": _each("budget", (1024, 2048)),
+    "vertical_slash": ({}, {"num_verticals": 1024, "num_slashes": 16}),
+}
+
 LONG = Ladders(
-    settings={
-        EXACT: ({},),
-        "window": _each("window", (1024,)),
-        "sinks": _each("window", (512, 1024, 2048)),
-        "strided": _each("stride", (64,)),
-        "fixed": _each("stride", (64,)),
-        "star": _each("window", (512,)),
-        "random": ({"num_random": 1024, "block_size": 64},),
-        "bigbird": ({"window": 512, "num_random": 512}, {"window": 1024, "num_random": 1024}),
-        "xattention": _each("budget", (1024, 2048)),
-        "pooled": (*_remainders(_each("budget", (1024,)), "gated"), {"budget": 2048}),
-        "topk": _each("budget", (1024,)),
-        "pages": _each("budget", (1024, 2048)),
-        "vertical_slash": ({}, {"num_verticals": 1024, "num_slashes": 16}),
-        "performer": _each("num_features", (256,)),
-        "lsh": _each("num_hash_rounds", (2,)),
-        "kmeans": _each("num_probes", (2,)),
-        "scatterbrain": (_POOLED,),
-    },
+    settings={**_LONG_ALWAYS, **_LONG_BRIEF},
     chosen={},
-    brief={
-        "strided": _each("stride", (64,)),
-        "fixed": _each("stride", (64,)),
-        "star": _each("window", (512,)),
-        "random": ({"num_random": 1024, "block_size": 64},),
-        "topk": _each("budget", (1024,)),
-        "performer": _each("num_features", (256,)),
-        "lsh": _each("num_hash_rounds", (2,)),
-        "kmeans": _each("num_probes", (2,)),
-        "scatterbrain": (_POOLED,),
-    },
+    brief=_LONG_BRIEF,
 )
 """A causal model over several long texts: what is slower than exact, or far from it, is read at the shortest
 length alone."""

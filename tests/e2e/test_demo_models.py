@@ -21,7 +21,7 @@ def ids(server: Server, model: str, text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def prompt(server: Server, long_text: str) -> list[int]:
-    return ids(server, DECODER, long_text)[:6500]
+    return ids(server, DECODER, long_text)[:4200]
 
 
 @pytest.mark.timeout(600)

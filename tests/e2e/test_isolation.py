@@ -12,7 +12,7 @@ from tests.e2e.conftest import Server
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 DECODER, ENCODER = "smollm2-135m", "nomic-embed-v1.5"
-LENGTHS = (7, 64, 300, 900)
+LENGTHS = (7, 64, 200, 600)
 
 
 def generate(text_ids: list[int], backend: str, seed: int) -> dict[str, Any]:
