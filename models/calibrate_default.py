@@ -1,14 +1,16 @@
 """The profile that a model has without anybody asking for one: measured once, kept beside the models.
 
-Where a profile with the model's errors is shipped (``models/profiles``), its times alone are measured; else a
-quick one is made (``models.calibrate.QUICK``).
+Where the model's errors are known, its times alone are measured: from a profile that ``longreach calibrate``
+left in the cache, on another machine or with another torch, else from one that is shipped
+(``models/profiles``). Else a quick one is made (``models.calibrate.QUICK``).
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -18,7 +20,7 @@ from kernels.registry import UnknownBackend
 from models.calibrate import QUICK, Sizes, Source, calibrate
 from models.calibrate_measure import MAX_RECORDED_BYTES, layer_bytes, measured_chunks, recorded_layers
 from models.calibrate_rungs import default_rungs
-from models.calibrate_times import MINUTES, picked_layers, retime, rungs_of
+from models.calibrate_times import MINUTES, document_of, picked_layers, retime, rungs_of
 from models.contract import Choice, ModelError
 from models.fetch import Progress
 from models.files import locked
@@ -28,6 +30,8 @@ from models.quality_contenders import Contender
 from models.quality_options import DEFAULT_TEXT
 from models.runner import Model
 
+CALIBRATE = "longreach calibrate "
+"""What the command of such a profile begins with."""
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 RECORDED_SHARE = 8
 """Layers' inputs are held together up to this part of the memory that there is."""
@@ -35,6 +39,7 @@ MEASURED_SHARE = 2
 """Lengths beyond the shortest are measured within this part of the memory: measuring holds it for minutes,
 and requests must find room beside it."""
 
+MeasurementSource = Literal["calibrated", "shipped", "measured"]
 Run = Callable[[Progress, Progress, Callable[[], float]], Profile]
 
 
@@ -43,7 +48,7 @@ class Measurement:
     """What is about to be measured: ``run(progress, watch, clock)`` does it, in about ``minutes`` at most.
     ``num_bytes`` and ``flops`` are predicted for the whole of it."""
 
-    source: Literal["shipped", "measured"]
+    source: MeasurementSource
     minutes: float
     num_bytes: int
     flops: float
@@ -58,24 +63,33 @@ def profile_for(model: Model, cache_dir: Path, progress: Progress) -> Profile:
     stamp = stamp_of(model)
     file = profile_file(cache_dir, stamp)
     with locked(file):
-        found = cached(stamp, cache_dir, progress)
+        found = cached(stamp, cache_dir, progress, model.info.applied_layers)
         if found is not None:
             return found
-        profile = measurement_for(model, stamp, None, progress).run(progress, _ignore, perf_counter)
+        todo = measurement_for(model, stamp, None, progress, cache_dir=cache_dir)
+        profile = todo.run(progress, _ignore, perf_counter)
         save(profile, file)
     return profile
 
 
-def cached(stamp: Stamp, cache_dir: Path, progress: Progress) -> Profile | None:
-    """The profile in the cache, where it belongs to this model and machine; another one is told of."""
+def cached(
+    stamp: Stamp, cache_dir: Path, progress: Progress, layers: tuple[int, ...] | None = None
+) -> Profile | None:
+    """The profile in the cache, where it belongs to this model and machine, this release has its rungs and,
+    where they are given, it is of these ``layers``; another one is told of."""
     file = profile_file(cache_dir, stamp)
-    if not file.exists():
-        return None
     try:
-        return load(file, stamp)
-    except ModelError as error:
+        if not file.exists():
+            return None
+        found = load(file, stamp)
+        rungs_of(found)
+        of = tuple(each.layer for each in found.layers)
+        if layers is not None and of != layers:
+            raise ModelError(f"profile {file} is of layers {of}, attention is chosen in {layers}")
+    except (ModelError, UnknownBackend, ValueError, OSError) as error:
         progress(f"{stamp.model}: {error}. Not used")
         return None
+    return found
 
 
 def keep(profile: Profile, cache_dir: Path, progress: Progress) -> None:
@@ -89,7 +103,24 @@ def keep(profile: Profile, cache_dir: Path, progress: Progress) -> None:
 
 def shipped_for(stamp: Stamp, progress: Progress, directory: Path | None = None) -> Profile | None:
     """A profile that came with this release and holds the errors of these weights in this dtype."""
-    for file in sorted((directory or SHIPPED).glob("*.json")):
+    files = sorted((directory or SHIPPED).glob("*.json"))
+    return next(_of_these_weights(stamp, files, progress), None)
+
+
+def calibrated_for(stamp: Stamp, cache_dir: Path, progress: Progress) -> Profile | None:
+    """The newest profile in the cache that ``longreach calibrate`` made of these weights in this dtype."""
+    try:
+        files = sorted((cache_dir / "profiles").glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
+    except OSError:
+        return None
+    found = _of_these_weights(stamp, files, progress)
+    made = (each for each in found if each.made.times is None and each.made.command.startswith(CALIBRATE))
+    return next(made, None)
+
+
+def _of_these_weights(stamp: Stamp, files: Iterable[Path], progress: Progress) -> Iterator[Profile]:
+    """Profiles of any machine whose errors hold here too."""
+    for file in files:
         try:
             profile = load(file)
             rungs_of(profile)
@@ -97,20 +128,40 @@ def shipped_for(stamp: Stamp, progress: Progress, directory: Path | None = None)
             progress(f"{file.name}: not used: {error}")
             continue
         if (profile.stamp.fingerprint, profile.stamp.dtype) == (stamp.fingerprint, stamp.dtype):
-            return profile
-    return None
+            yield profile
 
 
 def measurement_for(
-    model: Model, stamp: Stamp, max_bytes: int | None, progress: Progress, directory: Path | None = None
+    model: Model,
+    stamp: Stamp,
+    max_bytes: int | None,
+    progress: Progress,
+    directory: Path | None = None,
+    *,
+    cache_dir: Path | None = None,
 ) -> Measurement:
     """What to measure of this model within ``max_bytes``: long lengths that need more are left out.
-    ModelError where there is no text to measure on."""
+    ``directory``: of what is shipped, where that is not ``SHIPPED``. ModelError where there is no text to
+    measure on."""
     sources = _sources(model)
+    calibrated = None if cache_dir is None else calibrated_for(stamp, cache_dir, progress)
+    if calibrated is not None:
+        if _fits(model, calibrated, sources, max_bytes):
+            return _times("calibrated", model, stamp, calibrated, sources, max_bytes, progress)
+        shortest = calibrated.lengths[0].tokens
+        progress(f"{stamp.model}: its calibration begins at {shortest:,} tokens, too many to time here")
     shipped = shipped_for(stamp, progress, directory)
-    if shipped is None:
-        return _quick(model, sources, max_bytes, progress)
-    return _times(model, stamp, shipped, sources, max_bytes, progress)
+    if shipped is not None:
+        return _times("shipped", model, stamp, shipped, sources, max_bytes, progress)
+    return _quick(model, sources, max_bytes, progress)
+
+
+def _fits(model: Model, known: Profile, sources: list[Source], max_bytes: int | None) -> bool:
+    """Whether its shortest length can be timed: by the model's limit, the texts' length and the memory."""
+    shortest = known.lengths[0].tokens
+    if shortest > model.info.max_tokens or document_of(model, sources, shortest) is None:
+        return False
+    return max_bytes is None or _times_bytes(model, known, shortest) <= max_bytes
 
 
 def _sources(model: Model) -> list[Source]:
@@ -174,22 +225,22 @@ def _calibrated(
 
 
 def _times(
+    source: MeasurementSource,
     model: Model,
     stamp: Stamp,
-    shipped: Profile,
+    known: Profile,
     sources: list[Source],
     max_bytes: int | None,
     progress: Progress,
 ) -> Measurement:
-    rungs, layers = rungs_of(shipped), picked_layers(shipped)
-    chunk_tokens = shipped.made.chunk_tokens
-    readable = [each.tokens for each in shipped.lengths if each.tokens <= model.info.max_tokens]
+    """``known``: the profile whose errors are taken."""
+    rungs, layers = rungs_of(known), picked_layers(known)
+    chunk_tokens = known.made.chunk_tokens
+    readable = [each.tokens for each in known.lengths if each.tokens <= model.info.max_tokens]
     if not readable:
         return _quick(model, sources, max_bytes, progress)
 
-    def num_bytes(tokens: int) -> int:
-        return _bytes(model, tokens, rungs, chunk_tokens, len(layers))
-
+    num_bytes = partial(_times_bytes, model, known)
     lengths = _fitting(model, readable, num_bytes, max_bytes, progress)
 
     def run(progress: Progress, watch: Progress, clock: Callable[[], float]) -> Profile:
@@ -197,12 +248,16 @@ def _times(
         progress(told)
         longest = lengths[-1]
         return retime(
-            shipped, model, stamp, sources, longest=longest, progress=progress, watch=watch, clock=clock
+            known, model, stamp, sources, longest=longest, progress=progress, watch=watch, clock=clock
         )
 
-    share = len(layers) / len(shipped.layers)
+    share = len(layers) / len(known.layers)
     flops = sum(_flops(model, n, chunk_tokens, len(rungs), share) for n in lengths)
-    return Measurement("shipped", MINUTES, num_bytes(lengths[-1]), flops, run)
+    return Measurement(source, MINUTES, num_bytes(lengths[-1]), flops, run)
+
+
+def _times_bytes(model: Model, known: Profile, tokens: int) -> int:
+    return _bytes(model, tokens, rungs_of(known), known.made.chunk_tokens, len(picked_layers(known)))
 
 
 def _fitting(

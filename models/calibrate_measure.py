@@ -4,10 +4,14 @@ while the model reads it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from time import perf_counter
+
+import torch
 
 from kernels.api import parse_params
 from models.calibrate_ladders import Sample, Timing
+from models.call import AttentionClock, wait_for
 from models.contract import Choice, Slice, Want, Work
 from models.forward import offer_to_pause
 from models.profile import EXACT
@@ -118,14 +122,18 @@ def time_exact(
     ``clock``: seconds, without those for which the reading was left."""
     tokens, choice, work = len(token_ids), Choice(EXACT, parse_params(EXACT)), Work()
     at_end: Want = "logits" if "generate" in model.info.tasks else "hidden"
+    waited, device = AttentionClock(), torch.device(model.info.device)
     sequence = model.open(tokens)
     try:
-        began = clock()
-        for rows in chunks(tokens, chunk_tokens):
-            want = at_end if rows.stop == tokens else "nothing"
-            step = model.step([Slice(sequence, token_ids[rows], choice, want, tokens)])
-            work.then(step.results[0].work)
-        total_ms = 1e3 * (clock() - began)
+        with waited.running() if device.type == "cuda" else nullcontext():
+            began = clock()
+            for rows in chunks(tokens, chunk_tokens):
+                want = at_end if rows.stop == tokens else "nothing"
+                step = model.step([Slice(sequence, token_ids[rows], choice, want, tokens)])
+                work.then(step.results[0].work)
+            wait_for(device)
+            total_ms = 1e3 * (clock() - began)
     finally:
         sequence.close()
-    return Timing(tokens, work.attention_ms, max(total_ms - work.attention_ms, 0.0))
+    attention_ms = 1e3 * waited.seconds if device.type == "cuda" else work.attention_ms
+    return Timing(tokens, attention_ms, max(total_ms - attention_ms, 0.0))

@@ -72,7 +72,7 @@ def retime(
     began, layers = clock(), picked_layers(shipped)
     found: dict[int, _Found] = {}
     for length in shipped.lengths:
-        token_ids = _document(model, sources, length.tokens) if length.tokens <= longest else None
+        token_ids = document_of(model, sources, length.tokens) if length.tokens <= longest else None
         spent = clock() - began
         if token_ids is None or (found and spent + _expected_s(shipped, found, length) > 60 * minutes):
             progress(f"{length.tokens} tokens and more: not measured here, carried over from shorter ones")
@@ -111,7 +111,7 @@ def rungs_of(profile: Profile) -> list[Contender]:
     return list(found.values())
 
 
-def _document(model: Model, sources: Sequence[Source], tokens: int) -> list[int] | None:
+def document_of(model: Model, sources: Sequence[Source], tokens: int) -> list[int] | None:
     """Of the first text that is long enough."""
     prefix = model.info.prompts.get("document", "")
     for source in sources:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from time import perf_counter
 from typing import TYPE_CHECKING
+
+import torch
 
 from kernels import attend_packed
 from kernels.contract import PackedResult, Params, Segment, Stats
@@ -20,6 +25,39 @@ if TYPE_CHECKING:
 
 Keys = tuple["Tensor", "Tensor", "BlockSummaries | None", "KeptStates | None"]
 """A member's keys and values [1, Hk, M, D or Dv], and what is known of them."""
+
+
+_clock: ContextVar[AttentionClock | None] = ContextVar("longreach_attention_clock", default=None)
+
+
+@dataclass
+class AttentionClock:
+    """Seconds of the attention calls within ``with clock.running()``, each waited for: what kernels tell of a
+    device is how long it took to ask for them."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        token = _clock.set(self)
+        try:
+            yield
+        finally:
+            _clock.reset(token)
+
+    def time(self, device: torch.device, call: Callable[[], PackedResult]) -> PackedResult:
+        wait_for(device)
+        began = perf_counter()
+        result = call()
+        wait_for(device)
+        self.seconds += perf_counter() - began
+        return result
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,15 @@ def attend_pieces(
     """Adjacent pieces of the packed axis in one call, by the impl that their choice asks for. In a layer that
     the network itself declares local a call has members of different choices: it runs by what suits the
     device."""
+    clock = _clock.get()
+    if clock is not None:
+        return clock.time(layer.q.device, lambda: _attend(layer, pieces, keys, backend, params))
+    return _attend(layer, pieces, keys, backend, params)
+
+
+def _attend(
+    layer: Layer, pieces: Sequence[Piece], keys: Sequence[Keys], backend: str, params: Params
+) -> PackedResult:
     begin, stop = pieces[0].rows.start, pieces[-1].rows.stop
     plan = layer.plan
     return attend_packed(

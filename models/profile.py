@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -180,9 +181,12 @@ def load(file: Path, stamp: Stamp | None = None) -> Profile:
 
 
 def profile_file(cache_dir: Path, stamp: Stamp) -> Path:
-    """Where the profile of a model on this machine is kept."""
+    """Where the profile of a model on this machine is kept. What was measured elsewhere, or with another
+    torch or dtype, has a file of its own: nothing takes its place."""
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in stamp.model)
-    return cache_dir / "profiles" / f"{name}-{stamp.fingerprint[:12]}-{stamp.device.partition(':')[0]}.json"
+    place = stamp.model_dump_json(exclude={"model", "fingerprint"})
+    told = (stamp.fingerprint[:12], stamp.device.partition(":")[0], sha256(place.encode()).hexdigest()[:8])
+    return cache_dir / "profiles" / f"{'-'.join((name, *told))}.json"
 
 
 def _parse(file: Path) -> Profile:
@@ -192,7 +196,7 @@ def _parse(file: Path) -> Profile:
         raise ModelError(f"profile {file} cannot be read: {error}. {_ADVICE}") from None
     try:
         version = json.loads(text).get("schema_version")
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, AttributeError):
         raise ModelError(f"{file} is no profile: it holds no JSON object. {_ADVICE}") from None
     if version not in READ_VERSIONS:
         read = " and ".join(map(str, READ_VERSIONS))

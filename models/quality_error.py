@@ -9,8 +9,9 @@ approximated the kept log-sum-exp is not known and the mass is not reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.api import chosen_impl
 from kernels.contract import AttentionResult, Call, Execute, Params
 from kernels.math.cache import DRAWS
 from kernels.math.kept import KeptStates
 from kernels.math.summaries import BlockSummaries
 from kernels.parallel import run_spread
 from kernels.registry import load as load_backend
+from models.call import wait_for
 from models.quality_contenders import Contender, contender
 from models.quality_ladders import EXACT, REMAINDER
 from models.quality_record import LayerRecord, chunks
@@ -181,7 +184,14 @@ def _measure_layer(
         first = number + record.index
         size += _add(record, everyone, _in_turns(record, rows, everyone, seed, repeat, first, before_call))
     for each in everyone:
-        each.layer_errors.append((each.difference / size) ** 0.5)
+        each.layer_errors.append(_relative(each.difference, size))
+
+
+def _relative(difference: float, size: float) -> float:
+    """The root of their ratio. A layer whose exact output is 0 has no error where its own is 0 too."""
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return math.sqrt(difference / size)
 
 
 @torch.inference_mode()
@@ -230,10 +240,22 @@ def _run(record: LayerRecord, rows: slice, tally: _Tally, seed: int, turn: int) 
         learned=record.learned.get(tally.contender.backend),
     )
     q, k, v = record.q[:, :, rows], record.k[:, :, : rows.stop], record.v[:, :, : rows.stop]
+    execute, call = _as_served(tally, q, v, call)
     DRAWS.clear()
+    wait_for(q.device)
     began = perf_counter()
-    result = tally.execute(q, k, v, tally.params, call)
+    result = execute(q, k, v, tally.params, call)
+    wait_for(q.device)
     return _Timed(result, perf_counter() - began, result.stats.selection_ms / 1e3)
+
+
+def _as_served(tally: _Tally, q: Tensor, v: Tensor, call: Call) -> tuple[Execute, Call]:
+    """By the impl that suits the device."""
+    backend = load_backend(tally.contender.backend)
+    impl = chosen_impl(backend, q, v, "auto")
+    if impl == call.impl:
+        return tally.execute, call
+    return backend.impls[impl], replace(call, impl=impl)
 
 
 def squares(out: Tensor, projection: Tensor) -> float:

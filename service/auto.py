@@ -42,7 +42,7 @@ async def resolve_auto(
         choice, plan = replayed(spec)
         given = Chosen(spec.name, choice, verify=spec.verify, path=spec.path, plan=plan)
         return replace(auto, inputs=(given,) * len(lengths))
-    profile = await _profile_of(flow, model, spec, timeout_ms)
+    profile = await profile_of(flow, model, spec, timeout_ms)
     if auto.scores:
         profile = without_prompt_selection(profile)
     made = await flow.offload(lambda: {tokens: chosen_of(spec, profile, tokens) for tokens in set(lengths)})
@@ -70,10 +70,11 @@ def without_prompt_selection(profile: Profile) -> Profile:
     return profile.model_copy(update={"layers": tuple(kept(ladder) for ladder in profile.layers)})
 
 
-async def _profile_of(flow: Flow, model: ServedModel, spec: AutoSpec, timeout_ms: int | None) -> Profile:
+async def profile_of(flow: Flow, model: ServedModel, spec: AutoSpec, timeout_ms: int | None) -> Profile:
+    """The model's, waited for like any request in the queue. ApiError as ``resolve``."""
     runtime, name = flow.runtime, model.info.name
     waiting = _waiting.setdefault(runtime, Counter())
-    if waiting.total():
+    if waiting.total() and runtime.profiles.state(name)["state"] != "ready":
         runtime.engine.check_room(1 + waiting.total())
     waiting[name] += 1
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from models.contract import ServedModel, Verify
 from service.answers import Attended, MemoryStats, Usage, attention_of, stats_of
 from service.attention import MAX_SPECS, AnySpec, choose, parse, selects_by_tile
-from service.auto import resolve_auto
+from service.auto import profile_of, resolve_auto
 from service.auto_answers import told_exact
 from service.auto_spec import AutoSpec, check_plan
 from service.chosen import Chosen, ChosenAuto, exact_choice
@@ -96,6 +96,19 @@ def _with_verify(spec: AnySpec, raw: object, default: Verify | None) -> AnySpec:
     if says or default is None:
         return spec
     return replace(spec, verify=replace(default, seed=spec.seed))
+
+
+async def obtain_profile(flow: Flow, model: ServedModel, question: Question) -> None:
+    """That ``auto`` plans with, where it is among the specs: it may have to be measured, for minutes in which
+    other comparisons can run. ApiError as ``resolve``; what concerns ``auto`` alone is told in its place."""
+    asking = [each for each in question.specs if isinstance(each, AutoSpec) and each.max_error is not None]
+    if not asking:
+        return
+    try:
+        await profile_of(flow, model, asking[0], question.asked.timeout_ms)
+    except ApiError as error:
+        if error.code not in OF_ONE_CHOICE:
+            raise
 
 
 class Comparison:

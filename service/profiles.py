@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from service.runtime import Runtime
 
 State = Literal["none", "measuring", "ready", "failed"]
-Source = Literal["cache", "shipped", "measured", "put"]
+Source = Literal["cache", "calibrated", "shipped", "measured", "put"]
 log = logging.getLogger("longreach.profiles")
 REFRESH_S = 0.5
 
@@ -63,13 +63,13 @@ class Profiles:
         measuring goes on), 499 where the client leaves, 503 where the model is unloaded meanwhile, else what
         measuring failed with."""
         name = model.info.name
+        if self._runtime.models.get(name) is not model:
+            raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
         ready = self._ready.get(name)
         if ready is not None:
             return ready.profile
         if not can_calibrate(model):
             raise _not_for(model)
-        if self._runtime.models.get(name) is not model:
-            raise ApiError("model_not_found", "The model was unloaded meanwhile.", param="model")
         obtaining = self._begin(model)
         limits = [limit for limit in flow.deadlines(timeout_ms) if limit is not None]
         left_s = max(min(limits) - self._runtime.clock(), 0)
@@ -168,7 +168,7 @@ class Profiles:
         served, cache_dir = network_model(model), self._cache_dir
         offload = partial(asyncio.get_running_loop().run_in_executor, self._runtime.workers)
         stamp = await offload(stamp_of, served)
-        known = await offload(cached, stamp, cache_dir, log.info)
+        known = await offload(cached, stamp, cache_dir, log.info, served.info.applied_layers)
         if known is not None:
             return _Ready(known, "cache")
         if self._runtime.settings.auto_profile == "never":
@@ -176,7 +176,8 @@ class Profiles:
         obtaining.measuring = True
         obtaining.progress = "waiting for its turn"
         memory = self._runtime.settings.memory_limit
-        todo: Measurement = await offload(measurement_for, served, stamp, memory, log.info)
+        what = partial(measurement_for, served, stamp, memory, log.info, cache_dir=cache_dir)
+        todo: Measurement = await offload(what)
         profile = await run_measurement(self._runtime, served, todo, partial(_note, obtaining))
         await offload(keep, profile, cache_dir, log.warning)
         return _Ready(profile, todo.source)

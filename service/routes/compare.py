@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.compare import Comparison, question_of
+from service.compare import Comparison, obtain_profile, question_of
 from service.compare_schema import CompareAnswer, CompareRequest
 from service.errors import ApiError
 from service.flow import Flow
@@ -32,6 +32,8 @@ async def compare(body: CompareRequest, request: Request) -> Response:
     model = flow.begin(body.model, None)
     question = question_of(body, model)
     reading = Reading(model, flow.runtime.settings, model.info.max_tokens, body.truncate)
+    turn_of(request)  # refused at once where another runs
+    await obtain_profile(flow, model, question)
     async with turn_of(request):
         tokens = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
         count_truncation(flow, [tokens])

@@ -28,9 +28,9 @@ class AutoCard(BaseModel):
     state: Literal["none", "measuring", "ready", "failed"]
     progress: str = Field(description="while it is measured, how far that is; of a failure, its reason")
     lengths: list[int] = Field(description="calibrated lengths in tokens")
-    source: Literal["cache", "shipped", "measured", "put"] | None = Field(
-        description="where it comes from: found in the cache; errors shipped with the product and times "
-        "measured here; measured here; given by hand"
+    source: Literal["cache", "calibrated", "shipped", "measured", "put"] | None = Field(
+        description="where it comes from: found in the cache; errors of a longreach calibrate elsewhere, or "
+        "shipped with the product, and times measured here; measured here; given by hand"
     )
 
 

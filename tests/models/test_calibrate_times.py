@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,15 @@ from loadtests.tiny_models import write_models
 from models import calibrate_times
 from models.auto import plan
 from models.calibrate import Sizes, Source, calibrate
-from models.calibrate_default import SHIPPED, cached, keep, measurement_for, profile_for, shipped_for
+from models.calibrate_default import (
+    SHIPPED,
+    cached,
+    calibrated_for,
+    keep,
+    measurement_for,
+    profile_for,
+    shipped_for,
+)
 from models.calibrate_ladders import Timing
 from models.calibrate_model import WorkClock
 from models.calibrate_times import picked_layers, retime, rungs_of
@@ -264,6 +273,83 @@ def test_at_first_use_the_times_of_a_shipped_profile_are_measured_and_kept(
     found = profile_for(decoder, tmp_path, silent)
     assert found.made.times is not None and found.made.times.errors_from == shipped.stamp
     assert cached(stamp, tmp_path, silent) == found
+
+
+def in_cache(profile: Profile, cache_dir: Path, name: str = "theirs") -> Profile:
+    """As ``longreach calibrate`` left it there on another machine."""
+    made = profile.made.model_copy(update={"command": f"longreach calibrate {name} book.txt"})
+    found = profile.model_copy(update={"made": made})
+    save(found, cache_dir / "profiles" / f"{name}.json")
+    return found
+
+
+def test_a_calibration_of_another_machine_gives_the_errors_and_the_newest_one_does(
+    shipped: Profile, decoder: Model, tmp_path: Path
+) -> None:
+    stamp = stamp_of(decoder)
+    assert calibrated_for(stamp, tmp_path, silent) is None
+    in_cache(shipped, tmp_path, "b")
+    newer = in_cache(shipped, tmp_path, "a")
+    os.utime(tmp_path / "profiles" / "b.json", (1, 1))
+    assert calibrated_for(stamp, tmp_path, silent) == newer
+    save(shipped, tmp_path / "profiles" / "quick.json")  # made by no calibration
+    (tmp_path / "profiles" / "damaged.json").write_text("1" * 5000, encoding="utf-8")
+    told: list[str] = []
+    assert calibrated_for(stamp, tmp_path, told.append) == newer
+    assert len(told) == 1 and "damaged.json: not used" in told[0]
+    assert calibrated_for(stamp.model_copy(update={"dtype": "bfloat16"}), tmp_path, silent) is None
+
+
+def test_a_calibration_that_cannot_be_timed_here_is_passed_over(
+    shipped: Profile, decoder: Model, tmp_path: Path
+) -> None:
+    """The texts at hand are too short for it, or the memory too small."""
+    stamp, cache, beside = stamp_of(decoder), tmp_path / "cache", tmp_path / "shipped"
+    save(shipped, beside / "tiny.json")
+
+    def source(max_bytes: int | None, told: list[str]) -> str:
+        return measurement_for(decoder, stamp, max_bytes, told.append, beside, cache_dir=cache).source
+
+    told: list[str] = []
+    in_cache(shipped, cache)
+    assert source(None, told) == "calibrated" and not told
+    lengths = tuple(each.model_copy(update={"tokens": each.tokens * 10**6}) for each in shipped.lengths)
+    in_cache(shipped.model_copy(update={"lengths": lengths}), cache)
+    assert source(None, told) == "shipped"
+    assert "its calibration begins at 64,000,000 tokens, too many to time here" in told[0]
+    in_cache(at_length(shipped, 2), cache)
+    save(at_length(shipped, 0), beside / "tiny.json")
+    room = measurement_for(decoder, stamp, None, silent, beside).num_bytes
+    assert source(room, told) == "shipped" and "begins at 256 tokens" in told[1]
+
+
+def at_length(profile: Profile, place: int) -> Profile:
+    """With one length alone."""
+
+    def cut(rung: Rung) -> Rung:
+        names = ("median", "p95", "max", "spread", "time_share")
+        return rung.model_copy(update={name: (getattr(rung, name)[place],) for name in names})
+
+    layers = tuple(
+        each.model_copy(update={"rungs": tuple(cut(rung) for rung in each.rungs)}) for each in profile.layers
+    )
+    return profile.model_copy(update={"lengths": (profile.lengths[place],), "layers": layers})
+
+
+def test_a_profile_in_the_cache_that_this_release_cannot_run_is_told_and_passed_over(
+    shipped: Profile, decoder: Model, tmp_path: Path
+) -> None:
+    stamp, layers = stamp_of(decoder), decoder.info.applied_layers
+    mine = shipped.model_copy(update={"stamp": stamp})
+    file, told = profile_file(tmp_path, stamp), list[str]()
+    save(mine, file)
+    assert cached(stamp, tmp_path, told.append, layers) == mine and not told
+    assert cached(stamp, tmp_path, told.append, (*layers, 99)) is None and "is of layers" in told[0]
+    text = file.read_text(encoding="utf-8")
+    for wrong in (text.replace('"pooled"', '"vanished"'), text.replace('"budget"', '"bugdet"'), "9" * 5000):
+        file.write_text(wrong, encoding="utf-8")
+        assert cached(stamp, tmp_path, told.append, layers) is None
+    assert len(told) == 4 and all(line.endswith("Not used") for line in told)
 
 
 def test_half_of_the_memory_decides_the_longest_length_and_all_of_it_the_shortest(

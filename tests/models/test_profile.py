@@ -19,9 +19,10 @@ from models.calibrate_default import profile_for
 from models.calibrate_ladders import Sample, Timing, ladders_of, lengths_of, spread_of
 from models.calibrate_measure import measure_document, measure_layer, measured_chunks, time_exact
 from models.calibrate_rungs import FULL, asked_rungs, default_rungs
+from models.call import AttentionClock
 from models.contract import ModelError
 from models.loader import load_model
-from models.profile import SCHEMA_VERSION, Profile, load, profile_file, save
+from models.profile import SCHEMA_VERSION, Profile, Stamp, load, profile_file, save
 from models.profile_stamp import fingerprint, stamp_of
 from models.quality_contenders import contender
 from models.quality_error import measure_errors, squares
@@ -228,11 +229,20 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: str) -> N
         load(tmp_path / "absent.json")
 
 
-def test_profiles_of_other_weights_or_devices_lie_apart(profile: Profile, tmp_path: Path) -> None:
+def test_profiles_of_other_weights_and_machines_lie_apart(profile: Profile, tmp_path: Path) -> None:
     stamp = profile.stamp
-    changes = ({"fingerprint": "0" * 64}, {"device": "cuda:0"}, {"model": "a/b"})
-    files = {profile_file(tmp_path, stamp.model_copy(update=change)) for change in ({}, *changes)}
-    assert len(files) == 4
+    changed = {name: getattr(stamp, name) for name in Stamp.model_fields} | {
+        "model": "a/b",
+        "fingerprint": "0" * 64,
+        "dtype": "bfloat16",
+        "device": "cuda:0",
+        "processor": "another",
+        "threads": stamp.threads + 1,
+        "torch": "9.9",
+    }
+    changes = [{}, *({name: value} for name, value in changed.items())]
+    files = {profile_file(tmp_path, stamp.model_copy(update=change)) for change in changes}
+    assert len(files) == len(Stamp.model_fields) + 1, "one takes the place of another"
     assert {file.parent for file in files} == {tmp_path / "profiles"}
 
 
@@ -348,6 +358,29 @@ def test_exact_is_timed_apart_from_the_rest_of_the_forward(decoder: Model) -> No
     timing = time_exact(decoder, decoder.tokenizer.encode(TEXT).token_ids[:700], 512)
     assert timing.tokens == 700
     assert timing.attention_ms > 0 and timing.rest_ms > 0
+
+
+def test_attention_can_be_timed_call_by_call_where_kernels_time_their_launch_alone(decoder: Model) -> None:
+    clock, ids = AttentionClock(), decoder.tokenizer.encode(TEXT).token_ids[:300]
+    with clock.running():
+        timing = time_exact(decoder, ids, 128)
+    waited = 1e3 * clock.seconds
+    assert timing.attention_ms <= waited < timing.attention_ms + timing.rest_ms
+    time_exact(decoder, ids, 128)
+    assert 1e3 * clock.seconds == waited
+
+
+def test_a_layer_that_gives_zeros_is_calibrated_like_any_other(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.calibrate_ladders.worth_keeping", list)
+    model = loaded("silenced", directories["tiny-decoder"])
+    with torch.no_grad():
+        model._network.body.layers[0].self_attn.o_proj.weight.zero_()
+    found = measured(model, Sizes(lengths=(128,), documents=1))
+    silenced, *others = found.layers
+    assert all(set(rung.median) == {0.0} for rung in silenced.rungs)
+    assert any(rung.median[0] > 0 for ladder in others for rung in ladder.rungs)
 
 
 def sample(error: float = 0.1, time: float = 0.5, **more: Any) -> Sample:

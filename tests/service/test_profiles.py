@@ -4,6 +4,7 @@ model."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -310,6 +311,34 @@ def test_errors_that_were_shipped_need_their_times_alone(
     assert found.made.times is not None and found.made.times.errors_from.processor == "another"
 
 
+def test_errors_that_were_calibrated_elsewhere_are_kept_and_need_their_times_alone(
+    server: Server, network: Model, tmp_path: Path
+) -> None:
+    """After an upgrade, say. What is measured then does not take the calibration's place."""
+    assert server.want().status_code == 200
+    kept = load(profile_file(server.cache_dir, stamp_of(network)))
+    theirs = kept.model_copy(update={"stamp": kept.stamp.model_copy(update={"torch": "1.0"})})
+
+    def calibrated(date: str) -> Profile:
+        made = theirs.made.model_copy(update={"command": "longreach calibrate net book.txt", "date": date})
+        return theirs.model_copy(update={"made": made})
+
+    cache = tmp_path / "new"
+    file = profile_file(cache, theirs.stamp)
+    save(calibrated("2026-01-02"), file)
+    save(calibrated("2026-01-01"), file.with_name("older.json"))
+    os.utime(file.with_name("older.json"), (1, 1))
+    save(theirs, tmp_path / "shipped" / "net.json")
+    with serving(network, cache) as other:
+        assert other.want().status_code == 200
+        assert other.state()["source"] == "calibrated"
+    found = load(profile_file(cache, stamp_of(network)), stamp_of(network))
+    assert found.made.date == "2026-01-02" and found.made.times is not None
+    assert load(file) == calibrated("2026-01-02")
+    with serving(network, cache) as again:
+        assert again.want().status_code == 200 and again.state()["source"] == "cache"
+
+
 def test_a_model_without_layers_to_choose_in_is_refused(server: Server) -> None:
     told = server.want("fake")
     assert (told.status_code, told.json()["param"]) == (400, "attention.backend")
@@ -374,6 +403,32 @@ def bytes_for(network: Model, lengths: tuple[int, ...]) -> int:
         return measurement_for(network, stamp_of(network), None, lambda _: None).num_bytes
     finally:
         calibrate_default.QUICK = usual
+
+
+def test_a_comparison_that_waits_for_a_profile_keeps_no_other_out(server: Server, gate: Gate) -> None:
+    def compare(attention: object) -> httpx2.Response:
+        body = {"model": "net", "input": TEXT, "attention": [attention]}
+        response: httpx2.Response = server.http.post("/v1/compare", json=body)
+        return response
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(compare, {"backend": "auto", "max_error": 0.5})
+        assert gate.held.wait(20)
+        assert compare("sinks").status_code == 200
+        gate.go.set()
+        found = waiting.result()
+    assert found.status_code == 200, found.text
+    assert found.json()["results"][0]["error"] is None
+
+
+def test_another_model_of_the_same_name_is_not_planned_for(server: Server, network: Model) -> None:
+    """A request found its model before it was unloaded, and another one was loaded in its place."""
+    assert server.want().status_code == 200
+    find = server.runtime.model
+    server.runtime.model = lambda name, task: again(network)  # type: ignore[method-assign]
+    told = server.want()
+    server.runtime.model = find  # type: ignore[method-assign]
+    assert (told.status_code, told.json()["code"]) == (404, "model_not_found")
 
 
 def test_a_full_queue_is_told_as_any_request_is(network: Model, tmp_path: Path) -> None:
