@@ -62,10 +62,13 @@ class _Looking:
         number = self._next
         self._next += 1
         plan = self._network.plan.layers[number]
-        learned = {backend: layers[plan.ordinal] for backend, layers in self._network.learned.items()}
-        heads = Heads(number, plan, q, k, v, scale, learned if plan.window is None else {})
+        learned = {} if plan.window is not None else self._network.learned
+        of_layer = {backend: layers[plan.ordinal] for backend, layers in learned.items()}
+        heads = Heads(number, plan, q, k, v, scale, of_layer)
         out = heads.exact.out
         if number in self._asked.layers:
+            if not all(map(all_finite, (q, k, v))):
+                raise NonFiniteOutput(0, f"queries, keys or values of layer {number}")
             self.found.append(figures_of(heads, self._asked, self._choices))
         return out.transpose(1, 2).contiguous()
 

@@ -10,6 +10,7 @@ import torch
 
 from models.contract import Choice, Flops, ServedModel, Slice, StepResult, Want
 from models.diagnose import diagnose, predicted_flops
+from models.diagnose_paths import path_bytes
 from models.diagnose_told import Asked, Diagnosis
 from models.forward import LeavableForward
 from models.network import Network
@@ -35,13 +36,23 @@ class DiagnosingModel(OneStepModel[Diagnosis]):
         return LeavableForward(partial(self._run, slices[0]), over=nothing)
 
     def estimate_bytes(self, tokens: int, new_tokens: int, choice: Choice, chunk_tokens: int) -> int:
-        """The forward read whole, and what is looked at of one layer at a time."""
+        """The forward read whole, and what is looked at of one layer at a time or, after it, the arms."""
         layers = self._network.plan.layers
         heads = max(layer.num_heads // layer.shape.num_kv_heads for layer in layers)
         rows = min(self._asked.rows, tokens) * tokens * heads * COPIES
         width = max(layer.num_heads * (2 * layer.shape.value_dim + layer.shape.key_dim) for layer in layers)
         forward = self._served.estimate_bytes(tokens, 0, choice, tokens)
-        return forward + FP64_BYTES * (rows + tokens * width)
+        return max(forward + FP64_BYTES * (rows + tokens * width), self._arms_bytes(tokens, choice))
+
+    def _arms_bytes(self, tokens: int, choice: Choice) -> int:
+        """A short forward, and the paths through it."""
+        network, first = self._network, min(self._asked.arm_tokens, tokens)
+        if not first:
+            return 0
+        layers, width = network.plan.layers, network.sizes.hidden_size
+        itemsize = network.body.dtype.itemsize
+        paths = path_bytes(len(layers), layers[0].num_heads, first, width, itemsize)
+        return self._served.estimate_bytes(first, 0, choice, first) + paths
 
     def flops(self, rows: int, start: int, choice: Choice, want: Want) -> Flops:
         return Flops(predicted_flops(self._network, rows, self._asked), 0.0)

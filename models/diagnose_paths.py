@@ -21,7 +21,12 @@ from models.diagnose_told import MAX_PATH_HEADS, MAX_PATH_VALUES, PathLength, Pa
 from models.forward import offer_to_pause
 
 SAME = 1e-3
+ROUNDING = 32.0
+"""Units in the last place that the layers of a network of that dtype may add up to."""
 VALUES = ("v_proj", "value")
+FP64_BYTES = 8
+COPIES = 6
+"""Of the terms of all lengths: before and after a layer, and what is added up between."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,19 @@ def paths_of(apart: Apart) -> Paths:
     def see(index: int, x: Tensor, context: OnlyExact) -> None:
         assert context.probabilities is not None
         inputs.append(x[0].double())
-        layers.append(_layer(apart.parts[index], inputs[-1], context.probabilities.double()))
+        layers.append(_layer(apart.parts[index], inputs[-1], context.probabilities))
 
     output = apart.run(True, False, see, keep=True)[0].double()
     sums = sum_paths(inputs[0], [_yielding(layer) for layer in layers])
-    return _told(sums, output, apart.plans[0].num_heads)
+    return _told(sums, output, apart.plans[0].num_heads, apart.calls[0].before.dtype)
+
+
+def path_bytes(num_layers: int, num_heads: int, tokens: int, width: int, itemsize: int) -> int:
+    """About what the sum holds at once: every layer's probabilities, and a few copies of its terms."""
+    if refusal(num_layers, num_heads, tokens, width) is not None:
+        return 0
+    terms = COPIES * (num_layers + 2) * tokens * width * FP64_BYTES
+    return terms + num_heads * tokens * tokens * (num_layers * itemsize + 2 * FP64_BYTES)
 
 
 def _layer(parts: Parts, x: Tensor, probabilities: Tensor) -> PathLayer:
@@ -95,12 +108,12 @@ def _layer(parts: Parts, x: Tensor, probabilities: Tensor) -> PathLayer:
 
 
 class _Mixing:
-    """Attention with values and output projection, given its probabilities [H, n, n], in fp64."""
+    """Attention with values and output projection, given its probabilities [H, n, n], in fp64. Nothing is
+    kept in fp64: all layers exist at once."""
 
     def __init__(self, probabilities: Tensor, value: nn.Linear, output: nn.Linear) -> None:
         self._mix = probabilities
-        self._value, self._output = value.weight.double(), output.weight.double()
-        self._biases = [None if m.bias is None else m.bias.double() for m in (value, output)]
+        self._value, self._output = value, output
 
     def linear(self, x: Tensor, head: int | None) -> Tensor:
         """x [K, n, E] -> [K, n, E]: one head, or all."""
@@ -108,44 +121,48 @@ class _Mixing:
 
     def affine(self, x: Tensor) -> Tensor:
         """With both biases: [n, E] -> [n, E]."""
-        of_values, of_output = self._biases
-        values = self._values(x[None], of_values)
+        of_values, of_output = self._value.bias, self._output.bias
+        values = self._values(x[None], None if of_values is None else of_values.double())
         found = self._project(values, None)[0]
-        return found if of_output is None else found + of_output
+        return found if of_output is None else found + of_output.double()
 
     def _values(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[K, Hk, n, Dv]."""
-        flat = x @ self._value.mT
+        flat = x @ self._value.weight.double().mT
         flat = flat if bias is None else flat + bias
         num_heads = len(self._mix)
-        width = self._output.shape[1] // num_heads
+        width = self._output.in_features // num_heads
         return flat.view(*flat.shape[:-1], -1, width).transpose(1, 2)
 
     def _project(self, values: Tensor, head: int | None) -> Tensor:
         num_heads = len(self._mix)
         spread = values.repeat_interleave(num_heads // values.shape[1], dim=1)
-        mixed = self._mix @ spread
+        mixed = self._mix.double() @ spread
         if head is not None:
             keep = torch.zeros(num_heads, 1, 1, dtype=mixed.dtype, device=mixed.device)
             keep[head] = 1
             mixed = mixed * keep
-        return mixed.transpose(1, 2).flatten(2) @ self._output.mT
+        return mixed.transpose(1, 2).flatten(2) @ self._output.weight.double().mT
 
 
 def _yielding(layer: PathLayer) -> PathLayer:
-    """With a yield point before it."""
+    """Term by term, with a yield point before each."""
 
     def heads(x: Tensor, head: int | None) -> Tensor:
-        offer_to_pause()
-        return layer.heads(x, head)
+        found = []
+        for place in range(len(x)):
+            offer_to_pause()
+            found.append(layer.heads(x[place : place + 1], head))
+        return torch.cat(found)
 
     inner: Callable[[Tensor, int | None], Tensor] = heads
     return PathLayer(layer.num_heads, inner, layer.bias, layer.after)
 
 
-def _told(sums: PathSums, output: Tensor, num_heads: int) -> Paths:
+def _told(sums: PathSums, output: Tensor, num_heads: int, dtype: torch.dtype) -> Paths:
+    """``dtype``: that the network's own output was computed in."""
     off = ((sums.total - output).abs().max() / output.abs().max()).item()
-    if not off <= SAME:
+    if not off <= max(SAME, ROUNDING * torch.finfo(dtype).eps):
         raise NotTakenApart(
             f"the paths' sum is {off:.2g} off the network's output: its layers do more than that"
         )

@@ -17,9 +17,11 @@ from service.attention import Chosen, Spec, backend_alone, choose, exact_choice,
 from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest, Question, SupportUsed
 from service.errors import ApiError, invalid
 from service.flow import Flow
+from service.inputs import Reading
 from service.jobs import Channel, Job, Times
 from service.report import observe_request
 from service.sequences import Sequence, TokenOut
+from service.settings import Settings
 
 
 class DiagnoseSequence(Sequence):
@@ -50,14 +52,12 @@ def check_model(model: ServedModel) -> None:
         raise invalid(f"Model {model.info.name!r} cannot be diagnosed: {why}; name another.", "model")
 
 
-def check_length(tokens: int) -> None:
-    if tokens > MAX_TOKENS:
-        detail = (
-            f"input has {tokens:,} tokens; a diagnosis reads at most {MAX_TOKENS:,}. Send a part of it: "
-            "a head's figures settle within a few thousand tokens."
-        )
-        limits = {"max_tokens": MAX_TOKENS, "tokens": tokens}
-        raise ApiError("context_length_exceeded", detail, param="input", limits=limits)
+def reading_of(model: ServedModel, settings: Settings) -> Reading:
+    longest = model.info.max_tokens
+    if longest <= MAX_TOKENS:
+        return Reading(model, settings, longest, may_truncate=False)
+    why = " for a diagnosis (a head's figures settle within a few thousand tokens)"
+    return Reading(model, settings, MAX_TOKENS, may_truncate=False, reserved=why)
 
 
 def support_of(body: DiagnoseRequest, model: ServedModel) -> Chosen:
@@ -68,6 +68,12 @@ def support_of(body: DiagnoseRequest, model: ServedModel) -> Chosen:
             f"support: {chosen.choice.backend!r} approximates the pairs that it does not keep, so there is "
             "no kept mass to tell; name a backend that drops them (GET /v1/attention/backends)",
             "support",
+        )
+    if getattr(chosen.choice.params, "remainder", "none") != "none":
+        raise invalid(
+            "support.params.remainder: what is left out would count as kept, so there is no kept mass to "
+            "tell; leave it at 'none'",
+            "support.params.remainder",
         )
     return chosen
 

@@ -41,6 +41,8 @@ class Reading:
     special_tokens: bool = True
     reserved: str = ""
     """Said in errors where part of the context is kept for something else."""
+    may_truncate: bool = True
+    """Whether the request has the field ``truncate`` at all."""
 
     def read(self, source: str | TokenInput, path: str) -> Tokens:
         tokens = (
@@ -89,7 +91,8 @@ class Reading:
             + (
                 ""
                 if cutting
-                else f" with its {self.max_tokens:,} tokens of context; split it or ask for 'truncate'"
+                else f" with its {self.max_tokens:,} tokens of context; split it"
+                + (" or ask for 'truncate'" if self.may_truncate else "")
             )
         )
         limits = {"max_chars": limit, "chars": len(text), "max_tokens": self.max_tokens}
@@ -100,9 +103,10 @@ class Reading:
         if length <= limit:
             return tokens
         if self.truncate == "error" or limit < 1:
+            asking = ", or ask for 'truncate': 'end' or 'start'" if self.may_truncate else ""
             detail = (
                 f"{path} has {length:,} tokens; the limit of model {self.model.info.name!r} is {limit:,}"
-                f"{self.reserved}. Shorten it, or ask for 'truncate': 'end' or 'start'."
+                f"{self.reserved}. Shorten it{asking}."
             )
             limits = {"max_tokens": limit, "tokens": length}
             raise ApiError("context_length_exceeded", detail, param=path, limits=limits)

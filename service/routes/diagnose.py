@@ -5,10 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.diagnose import asked_of, check_length, check_model, run, support_of
+from service.diagnose import asked_of, check_model, reading_of, run, support_of
 from service.diagnose_schema import DiagnoseAnswer, DiagnoseRequest
 from service.flow import LARGE_ANSWER_VALUES, Flow
-from service.inputs import Reading
 from service.problems import documented
 from service.routes.common import RUN_ERRORS
 
@@ -27,9 +26,8 @@ async def diagnose(body: DiagnoseRequest, request: Request) -> Response:
     check_model(model)
     chosen = support_of(body, model)
     asked_of(body, model, chosen.choice)  # what it would refuse, before anything is tokenised
-    reading = Reading(model, flow.runtime.settings, model.info.max_tokens)
+    reading = reading_of(model, flow.runtime.settings)
     tokens = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
-    check_length(len(tokens.token_ids))
     answer = await run(flow, body, model, tokens.token_ids, chosen)
     return await flow.respond(
         lambda: answer,

@@ -61,7 +61,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     attended = Attended.one(choose(parse(body.attention), model))
     pooling = info.pooling or ("last" if info.causal else "mean")
     sources, many = as_inputs(body.input, "input", settings.max_batch_inputs)
-    reading = Reading(model, settings, info.max_tokens)
+    reading = Reading(model, settings, info.max_tokens, may_truncate=False)
     inputs = await flow.tokenise(lambda: reading.read_all(sources, "input", many=many), body.timeout_ms)
     lengths = [len(tokens.token_ids) for tokens in inputs]
     attended = await resolve(flow, model, attended, lengths, body.timeout_ms)

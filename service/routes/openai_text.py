@@ -148,7 +148,7 @@ def _measured(flow: Flow, job: Job, attended: Attended) -> dict[str, Any]:
 def _reading(flow: Flow, model: ServedModel, new_tokens: int, named: str) -> Reading:
     room = model.info.max_tokens - new_tokens
     reserved = f" (its {model.info.max_tokens:,} less {named} {new_tokens:,})"
-    return Reading(model, flow.runtime.settings, room, reserved=reserved)
+    return Reading(model, flow.runtime.settings, room, reserved=reserved, may_truncate=False)
 
 
 def _chat_prompt(model: ServedModel, messages: list[dict[str, str]], reading: Reading) -> Tokens:

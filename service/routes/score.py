@@ -44,7 +44,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     flow = Flow(request)
     model = flow.begin(body.model, "score")
     attended = Attended.one(choose(parse(body.attention), model, scores=True))
-    reading = Reading(model, flow.runtime.settings, model.info.max_tokens)
+    reading = Reading(model, flow.runtime.settings, model.info.max_tokens, may_truncate=False)
     tokens = await flow.tokenise(lambda: reading.read(body.input, "input"), body.timeout_ms)
     if len(tokens.token_ids) < 2:
         raise invalid(

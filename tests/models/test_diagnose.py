@@ -16,6 +16,7 @@ from models.contract import Slice
 from models.diagnose_model import DiagnosingModel, can_diagnose, diagnosis_of
 from models.diagnose_regime import recommend, regime_of
 from models.diagnose_told import MAX_TOKENS, Asked, BudgetFigures, Candidate, Diagnosis
+from models.errors import NonFiniteOutput
 from models.runner import Model
 from models.seam import NAME
 from tests.models import tiny
@@ -137,6 +138,41 @@ def test_in_fp64_the_sum_is_exact(make: Any) -> None:
     paths = diagnosed(model).rank_collapse.paths
     assert paths is not None
     assert paths.sum_error < (1e-12 if make is tiny.bert else 1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny.bert, tiny.llama])
+def test_in_narrow_dtypes_paths_are_summed_too(make: Any) -> None:
+    model = tiny.serve(tiny.network(lambda: make().bfloat16()))
+    collapse = diagnosed(model).rank_collapse
+    assert collapse.paths is not None, collapse.paths_reason
+
+
+def test_arms_and_paths_are_in_the_estimate_of_memory() -> None:
+    """Every layer's probabilities and a few copies of the paths' terms exist at once."""
+    model = made("llama, grouped heads")
+
+    def estimate(arm_tokens: int) -> int:
+        job = DiagnosingModel(model, asked(model, arm_tokens=arm_tokens, rows=16))
+        return job.estimate_bytes(60, 0, tiny.choice(), 60)
+
+    layers, heads, width = 3, 6, model._network.sizes.hidden_size
+    least = 60 * 60 * heads * layers * 4 + 2 * 60 * (layers + 1) * width * 8
+    assert estimate(60) > least and estimate(60) > estimate(0)
+
+
+def test_hybrid_networks_that_carry_clusters_are_looked_at_in_their_own_layers() -> None:
+    model = tiny.carrying(made("gemma3, hybrid"))
+    support = tiny.choice("sbm")
+    found = diagnosis_of(model, tiny.random_ids(40), replace(asked(model), support=support))
+    assert [layer.layer for layer in found.layers] == list(model.info.applied_layers)
+
+
+def test_numbers_that_overflow_are_told_as_such() -> None:
+    model = made("llama, grouped heads")
+    with torch.no_grad():
+        model._network.body.layers[1].self_attn.q_proj.weight.fill_(math.inf)
+    with pytest.raises(NonFiniteOutput, match="of layer 1"):
+        diagnosed(model)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,9 @@ def carrying(model: Model, *, affinity: bool = False) -> Model:
     """The same model with random parameters for the backends that need their own."""
     network = model._network
     plan = network.plan
-    tensors = cluster_tensors(len(plan.applied_layers), plan.layers[0].num_heads, affinity=affinity)
+    first = plan.layers[0]
+    sizes = len(plan.applied_layers), first.num_heads, first.shape.key_dim
+    tensors = cluster_tensors(*sizes, affinity=affinity)
     with TemporaryDirectory() as directory:
         save_file(tensors, Path(directory) / FILES["sbm"])
         learned = read_learned(Path(directory), plan, network.body.dtype, str(network.device))

@@ -97,6 +97,11 @@ def test_the_support_asked_for_is_the_one_whose_mass_is_told(http: TestClient) -
         ({"layers": [3]}, "layers", "attention cannot be chosen in layer 3"),
         ({"layers": []}, "layers", "1"),
         ({"support": "performer"}, "support", "approximates"),
+        (
+            {"support": {"backend": "pooled", "params": {"remainder": "mean"}}},
+            "support.params.remainder",
+            "'none'",
+        ),
         ({"support": {"backend": "sinks", "verify": True}}, "support.verify", "exact"),
         ({"support": {"backend": "sinks", "params": {"window": 0}}}, "support.params.window", "1"),
         ({"support": "no-such"}, "support", "no attention backend"),
@@ -118,11 +123,14 @@ def test_bad_requests_name_the_field_and_the_way_out(
     assert said in response.json()["detail"]
 
 
-def test_longer_texts_than_are_read_are_refused_with_the_limit(http: TestClient) -> None:
-    response = ask(http, input={"token_ids": [5] * 4097})
+@pytest.mark.parametrize("tokens", [4097, 9000])
+def test_longer_texts_than_are_read_are_refused_with_the_limit(http: TestClient, tokens: int) -> None:
+    """One limit, whether the model reads as many or not, and no way out that there is not."""
+    response = ask(http, input={"token_ids": [5] * tokens})
     assert response.status_code == 400
     assert response.json()["code"] == "context_length_exceeded"
-    assert response.json()["limits"] == {"max_tokens": 4096, "tokens": 4097}
+    assert response.json()["limits"] == {"max_tokens": 4096, "tokens": tokens}
+    assert "for a diagnosis" in response.json()["detail"] and "truncate" not in response.json()["detail"]
 
 
 def test_unknown_models_are_not_found(http: TestClient) -> None:
