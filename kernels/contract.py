@@ -56,6 +56,11 @@ class Params(BaseModel):
         at absolute multiples of it equals the whole prefill. 1 where any chunk does."""
         return 1
 
+    def reads_whole(self) -> bool:
+        """Whether what a row gets depends on every row of the call, its queries too: cut in two, the rows of
+        both parts would be others."""
+        return False
+
     def size_problems(self, num_layers: int, num_kv_heads: int) -> list[str]:
         """Why these params do not fit a model with so many layers to which the choice applies and so many key
         heads in each (a budget per layer or per head of another length); [] where they do."""

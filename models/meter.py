@@ -165,13 +165,15 @@ class Reading:
 
     def due(self, layer: int, stop: int) -> Held | None:
         """The rows held, if they are to be computed now that the layer was read up to ``stop``: they are then
-        no longer held. At the end of a prompt of which nothing was approximated they need not be."""
+        no longer held. At the end of a prompt of which nothing was approximated they need not be. A text
+        that is scored ends before its last token, which nobody reads."""
         of_layer, last = self._own(layer), self._state.last
-        ends = last is not None and stop >= last
+        ends = last is not None and stop >= last - 1
         if not of_layer.held or not (ends or last is None or of_layer.num_held >= HELD_ROWS):
             return None
         self._changed[layer] = replace(of_layer, held=())
-        return None if ends and not of_layer.approximated else together(of_layer.held)
+        over = last is not None and stop >= last
+        return None if over and not of_layer.approximated else together(of_layer.held)
 
     def add(self, layer: int, drawn: DrawnRows, exact: Tensor, used: Tensor) -> None:
         """exact and used [1, H, R, Dv] of the drawn rows."""

@@ -25,6 +25,8 @@ AUTO = "auto"
 STRATUM = 256
 """Rows of the prompt that are repaired together at least (``stratum_of``). A guarded prompt is read in chunks
 of whole strata, so that how it was cut does not move a repair."""
+WHOLE = 1 << 40
+"""More rows than any prompt has: a layer is repaired from its first row on."""
 
 
 class AutoParams(Params):
@@ -79,7 +81,7 @@ def planned(layers: Sequence[LayerChoice], *, seed: int = 0, max_error: float | 
 def stratum_of(choice: Choice) -> int:
     """Rows of the prompt that are repaired together in a layer that runs ``choice``: whole query tiles, for
     the rows of a tile before a repair would choose other keys without the rest of it."""
-    return math.lcm(STRATUM, choice.params.chunk_multiple())
+    return WHOLE if choice.params.reads_whole() else math.lcm(STRATUM, choice.params.chunk_multiple())
 
 
 def exact(seed: int = 0) -> Choice:

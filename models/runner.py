@@ -34,7 +34,7 @@ from models.memory import estimate_bytes
 from models.meter import SequenceMeter
 from models.network import Network
 from models.packed import step
-from models.planned import Planned, stratum_of
+from models.planned import WHOLE, Planned, stratum_of
 from models.refusals import BEGUN, check
 from models.sequence import OpenSequence, Sequences
 from models.warm_ups import warm_ups_of
@@ -105,7 +105,7 @@ class Model:
         found = [reason for part in choice.parts for reason in self.unsupported(part)]
         borders = zip(choice.exact_from, map(stratum_of, choice.layers), strict=True)
         askew = sorted({(row, stratum) for row, stratum in borders if row is not None and row % stratum})
-        found += [f"exact_from is {row}: exact rows begin at multiples of {unit}" for row, unit in askew]
+        found += [_told_border(row, unit) for row, unit in askew]
         if choice.guarded and not found:
             try:
                 guard_of(choice, 1, self._network.plan, self._network.places)
@@ -210,8 +210,16 @@ class Model:
         return estimate_bytes(self._network.sizes, tokens, new_tokens, choice, chunk_tokens)
 
 
+def _told_border(row: int, stratum: int) -> str:
+    if stratum == WHOLE:
+        return f"exact_from is {row}: an attention that looks at all rows together is exact from 0 or nowhere"
+    return f"exact_from is {row}: exact rows begin at multiples of {stratum}"
+
+
 def _told(numbers: Sequence[int]) -> str:
     """In a row: their ends; else each."""
+    if not numbers:
+        return "(none)"
     if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} .. {numbers[-1]}"
     return ", ".join(map(str, numbers))

@@ -64,6 +64,9 @@ class NystromParams(Params):
         description="Steps of the iteration; six invert singular values above some 3 % of the largest.",
     )
 
+    def reads_whole(self) -> bool:
+        return True
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: NystromParams, call: Call) -> AttentionResult:
     """Head by head, in fp64."""

@@ -105,6 +105,9 @@ class ScatterbrainParams(FeatureParams):
     def chunk_multiple(self) -> int:
         return self.support_knobs().chunk_multiple()
 
+    def reads_whole(self) -> bool:
+        return self.support_knobs().reads_whole()
+
     def size_problems(self, num_layers: int, num_kv_heads: int) -> list[str]:
         own = self.support_knobs().size_problems(num_layers, num_kv_heads)
         return [f"support_params: {problem}" for problem in own]

@@ -76,6 +76,9 @@ class LshParams(Params):
             raise ValueError(f"num_buckets must be 1 or even, got {self.num_buckets}")
         return self
 
+    def reads_whole(self) -> bool:
+        return self.variant == "smyrf"
+
 
 def lsh_reach(params: LshParams) -> Reach:
     """How far the rows of these params look."""

@@ -339,6 +339,24 @@ def test_what_is_measured_so_far_is_what_was_computed_so_far(model: Model) -> No
     assert first == pytest.approx(measured(beginning.measured()).layers[2].of_residual, rel=1e-9)
 
 
+@pytest.mark.parametrize("verify", [Verify(), ALL], ids=["some rows", "all rows"])
+@pytest.mark.parametrize("total", [2, 30, 129, N])
+def test_a_text_whose_last_token_nobody_reads_is_measured_to_its_end(
+    model: Model, total: int, verify: Verify
+) -> None:
+    """As scoring reads it."""
+    ids, state, chosen = random_ids(total), model.open(total), choice("window", window=4)
+    meter = model.meter(verify, chosen, total)
+    for begin in range(0, total - 1, 100):
+        chunk = ids[begin : min(begin + 100, total - 1)]
+        model.step([Slice(state, chunk, chosen, "nothing", total, meter=meter)])
+    found = measured(meter.measured())
+    assert found.rows_total == 3 * (total - 1) and meter.held_bytes == 0
+    assert total == 2 or found.estimate > 0
+    if verify == ALL or total <= 128:
+        assert found.rows in (0, found.rows_total)
+
+
 @pytest.mark.parametrize("name", ["window", "pooled", "lsh"])
 @pytest.mark.parametrize("rows", [None, 20])
 def test_neither_chunks_nor_pauses_nor_neighbours_move_what_is_drawn(
@@ -578,6 +596,15 @@ def test_layers_are_named_as_the_model_numbers_them() -> None:
         hybrid.meter(Verify(layers=(0, 5, 9)), WINDOW, N)
     with pytest.raises(ValueError, match="layers: none is given"):
         hybrid.meter(Verify(layers=()), WINDOW, N)
+
+
+def test_a_model_whose_layers_are_all_local_has_none_to_measure() -> None:
+    local = serve(network(FAMILIES["mistral, all layers local"]), 64)
+    assert local.info.applied_layers == ()
+    with pytest.raises(ValueError, match="layers: none is given"):
+        local.meter(Verify(), WINDOW, 10)
+    with pytest.raises(ValueError, match=r"layers: \[0\] are not among the layers \(none\)"):
+        local.meter(Verify(layers=(0,)), WINDOW, 10)
 
 
 def test_some_layers_alone_can_be_measured(model: Model) -> None:

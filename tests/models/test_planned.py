@@ -225,6 +225,30 @@ def test_a_repair_does_not_cut_a_query_tile(model: Model, seed: int) -> None:
     assert model.unsupported(askew) == ["exact_from is 256: exact rows begin at multiples of 512"]
 
 
+@pytest.mark.parametrize(
+    "rung",
+    [
+        ("nystrom", {"num_landmarks": 16}),
+        ("lsh", {"variant": "smyrf", "cluster_size": 16, "window": 8}),
+        ("scatterbrain", {"support": "lsh", "support_params": {"variant": "smyrf", "cluster_size": 16}}),
+    ],
+    ids=lambda rung: rung[0],
+)
+def test_what_looks_at_all_rows_together_is_repaired_whole(
+    encoder: Model, rung: tuple[str, dict[str, Any]]
+) -> None:
+    """The rows before a repair would be others without the rows behind it."""
+    ids, layers = random_ids(900, 2), layers_of(encoder, [rung])
+    guarded, kept, _ = read(encoder, ids, planned(layers, max_error=0.05))
+    assert {each.exact_from for each in kept} <= {None, 0}
+    assert any(each.exact_from == 0 for each in kept)
+    assert close(read(encoder, ids, replayed(layers, kept))[0], guarded, 1e-9)
+    (told,) = encoder.unsupported(planned([replace(each, exact_from=STRATUM) for each in layers]))
+    assert told == (
+        "exact_from is 256: an attention that looks at all rows together is exact from 0 or nowhere"
+    )
+
+
 def test_a_fork_of_a_guarded_prompt_goes_on_under_what_its_guard_has_seen(model: Model) -> None:
     pick, ids = planned(layers_of(model), max_error=0.02), random_ids(N, 7)
     wanted, kept, _ = read(model, ids, pick)
