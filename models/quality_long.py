@@ -176,11 +176,12 @@ class Readings:
             raise ModelError("no text has room for a document: give longer --texts or shorter --tokens")
         for document in documents:
             self._refuse_cut_plans(document)
+        shortest = min([*lengths, *self._results.lengths])
         for document in documents:
             left = [
                 each
                 for each in self._contenders
-                if (document.tokens == lengths[0] or not each.brief)
+                if (document.tokens == shortest or not each.brief)
                 and not self._results.has(document, each.key)
             ]
             if left:

@@ -19,7 +19,7 @@ from models.calibrate import Source
 from models.contract import Encoding, ModelError, Slice
 from models.planned import exact
 from models.quality_answers import ask, mcnemar, paired
-from models.quality_contenders import contender
+from models.quality_contenders import Contender, contender
 from models.quality_facts import (
     NUM_CANDIDATES,
     ROOM_FOR_QUESTIONS,
@@ -343,6 +343,19 @@ def test_a_run_writes_a_row_per_document_and_contender_and_goes_on(at_hand: Path
     assert "longreach bench quality --texts one.txt two.txt --tokens 1024" in page
     assert str(at_hand) not in page and "## 1,024 tokens" in page and "## 1,100 tokens" in page
     assert all(line.count("|") > 3 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_what_is_read_at_the_shortest_length_alone_is_not_read_at_one_that_is_added(
+    at_hand: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contenders(*args: object) -> list[Contender]:
+        return [contender("exact", {}), contender("window", {"window": 9}, brief=True)]
+
+    monkeypatch.setattr(quality_long, "contenders_of", contenders)
+    quality_long.main(command(at_hand, "--budgets"))
+    quality_long.main(command(at_hand, "--budgets", "--tokens", "1100", "--resume"))
+    found = [(row.tokens, row.backend) for row in load_long(at_hand / "long.json").rows]
+    assert set(found) == {(1024, "exact"), (1024, "window"), (1100, "exact")}
 
 
 def test_texts_may_be_added_to_a_run(at_hand: Path) -> None:
