@@ -46,6 +46,7 @@ keys, as a server reads a prompt. Every figure is against exact on the same docu
   after the first {SKIPPED_TOKENS}; the mean over documents (of logarithms), and the worst of them.
 - **prefill**: time up to the prompt's last logits over exact's, which is read again after every few others:
   the median over documents, and the largest. **attention**: the same of attention alone, selection included.
+  One reading of each document: times vary from one to the next, perplexity and density do not.
 - **density**: the share of pairs kept, repairs of `auto` included.
 - `auto`: a profile's cheapest plan for a `max_error`, with its guard.{told_facts(s["facts"])}"""
 
