@@ -21,7 +21,7 @@ from models.diagnose_told import MAX_PATH_HEADS, MAX_PATH_VALUES, PathLength, Pa
 from models.forward import offer_to_pause
 
 SAME = 1e-3
-ROUNDING = 32.0
+ROUNDING = 8.0
 """Units in the last place that the layers of a network of that dtype may add up to."""
 VALUES = ("v_proj", "value")
 FP64_BYTES = 8
