@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.api import backend_names
 from models import quality_answers, quality_long
 from models.calibrate import Source
 from models.contract import Encoding, ModelError, Slice
 from models.planned import exact
 from models.quality_answers import ask, mcnemar, paired
-from models.quality_contenders import Contender, contender
+from models.quality_contenders import Contender, contender, unsuitable
 from models.quality_facts import (
     NUM_CANDIDATES,
     ROOM_FOR_QUESTIONS,
@@ -298,7 +299,10 @@ def test_a_model_reads_the_lengths_that_it_can() -> None:
         lengths_within(512, [8192, 4096], told.append)
 
 
-def test_every_contender_of_the_long_run_is_one_of_every_backend() -> None:
+def test_every_backend_that_reads_a_prompt_is_in_the_long_run_at_several_settings() -> None:
+    able = set(backend_names()) - set(unsuitable(causal=True))
+    assert set(LONG.settings) == able
+    assert all(len(settings) > 1 for name, settings in LONG.settings.items() if name != "exact")
     found = [contender(name, params) for name, settings in LONG.settings.items() for params in settings]
     assert len({each.key for each in found}) == len(found)
     for name, settings in LONG.brief.items():
